@@ -1,0 +1,43 @@
+"""The errors edgekit raises on purpose: one line saying what was given, what is allowed, what to do."""
+
+__all__ = [
+    "BundleError",
+    "EdgekitError",
+    "EngineError",
+    "SourceError",
+    "UnsupportedError",
+    "UsageError",
+    "VerificationError",
+]
+
+
+class EdgekitError(Exception):
+    """Base of every error that is the user's to fix; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(EdgekitError):
+    """An argument is outside what is allowed (exit code 2)."""
+
+    exit_code = 2
+
+
+class SourceError(EdgekitError):
+    """A model source is missing, damaged, or not readable safely."""
+
+
+class UnsupportedError(SourceError):
+    """A source is sound but of an architecture or setting that edgekit does not express."""
+
+
+class BundleError(EdgekitError):
+    """A bundle is missing, damaged, foreign, or of another format version."""
+
+
+class EngineError(EdgekitError):
+    """An inference engine or device is missing or refuses the request."""
+
+
+class VerificationError(EdgekitError):
+    """The exported graph does not say the same things as the PyTorch reference."""

@@ -1,0 +1,143 @@
+"""What every token mixer offers: a module to train and to check against, and a description to export.
+
+A mixer is one file of this folder; its name is the registry key, and it holds `Mixer`, a subclass of
+`TokenMixer`, under exactly that name.
+"""
+
+import importlib
+import pkgutil
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+import edgekit.mixers
+from edgekit.errors import UsageError
+from edgekit.mixers.graph import Graph
+
+__all__ = ["MixerContext", "State", "TokenMixer", "mixer_names", "mixer_type"]
+
+State = dict[str, torch.Tensor]
+Form = Literal["parallel", "chunked", "recurrent"]
+NOT_MIXERS = ("base", "graph")
+
+
+class MixerConfig(Protocol):
+    """What a mixer reads of the decoder's configuration; `models.config.DecoderConfig` has all of it."""
+
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def num_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_kv_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def groups(self) -> int: ...  # noqa: D102
+    @property
+    def rms_norm_eps(self) -> float: ...  # noqa: D102
+    @property
+    def qkv_bias(self) -> bool: ...  # noqa: D102
+    @property
+    def o_bias(self) -> bool: ...  # noqa: D102
+    @property
+    def qk_norm(self) -> bool: ...  # noqa: D102
+    @property
+    def feature_dim(self) -> int: ...  # noqa: D102
+    @property
+    def state_rows(self) -> int: ...  # noqa: D102
+    @property
+    def state_heads(self) -> int: ...  # noqa: D102
+    @property
+    def lawcat(self) -> Any: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixerContext:
+    """What a step of the whole decoder shares between its layers.
+
+    Attributes:
+        rotate: rotates `[B, T, H, d]` by the positions of this step.
+        mask: 1 for the tokens of this step, 0 for padding, `[B, T]`; None when nothing is padded.
+        past_mask: the same for all tokens so far, `[B, S]`, S >= T; None when nothing is padded.
+        form: which of a recurrent mixer's equal forms to compute.
+    """
+
+    rotate: Callable[[torch.Tensor], torch.Tensor]
+    mask: torch.Tensor | None = None
+    past_mask: torch.Tensor | None = None
+    form: Form = "chunked"
+
+
+class TokenMixer(nn.Module):
+    """Mixes information across time; stands where a transformer has its self-attention."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        """Create the teacher's four projections, which every mixer keeps under the teacher's names."""
+        super().__init__()
+        self.config = config
+        query, value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, value, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, value, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q `[B, T, H, d]`, k and v `[B, T, Hkv, d]` of `x [B, T, D]`, normed as the teacher does."""
+        d = self.config.head_dim
+        q, k, v = (p(x).unflatten(-1, (-1, d)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
+
+    @abstractmethod
+    def forward(
+        self, x: torch.Tensor, context: MixerContext, state: State | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """Mix `x [B, T, D]`, continuing from `state`; returns `[B, T, D]` and the state after it."""
+
+    @staticmethod
+    @abstractmethod
+    def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:
+        """Untrained values of the tensors that the teacher does not have, by name inside the mixer."""
+
+    @staticmethod
+    @abstractmethod
+    def describe(graph: Graph[Any], x: Any, prefix: str, layer: int, config: MixerConfig) -> Any:
+        """Add this mixer to `graph`: input and result are handles of `[B, T, D]`."""
+
+    def init_from_teacher(self, tensors: Mapping[str, torch.Tensor], layer: int) -> None:
+        """Copy a teacher's attention tensors bit for bit and give the new ones their fresh values.
+
+        Args:
+            tensors: the teacher's tensors by name inside its attention module (`q_proj.weight`, ...).
+            layer: the layer's index, which seeds fresh values where they are random.
+
+        Raises:
+            RuntimeError: (from torch) if a tensor is missing or has another shape.
+        """
+        fresh = self.fresh_tensors(self.config, layer)
+        self.load_state_dict({**fresh, **tensors}, strict=True)
+
+
+def mixer_names() -> list[str]:
+    """Every registered mixer: the file names of this folder."""
+    found = (module.name for module in pkgutil.iter_modules(edgekit.mixers.__path__))
+    return sorted(name for name in found if name not in NOT_MIXERS)
+
+
+def mixer_type(name: str) -> type[TokenMixer]:
+    """The mixer class of the file `name`.
+
+    Raises:
+        UsageError: if there is no such mixer.
+    """
+    if name not in mixer_names():
+        raise UsageError(f"mixer {name!r} is unknown; known: {', '.join(mixer_names())}")
+    mixer: type[TokenMixer] = importlib.import_module(f"edgekit.mixers.{name}").Mixer
+    return mixer

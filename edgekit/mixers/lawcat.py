@@ -1,0 +1,134 @@
+"""LAWCAT: normalised gated linear attention behind a short causal convolution (arXiv 2509.18467).
+
+Per layer: teacher projections; repeat of k to the query heads (`q_head`) or not (`kv_head`); depthwise
+convolution of K taps on q and on k; one feature matrix per state head, shared by q and k; a low-rank gate
+giving each state row its own decay; the recurrence of `kernels/gla/reference.py`; the teacher's output
+projection. No rotation (unless `position = "rope"`), no output gate, no output norm.
+
+State, constant in the sequence length, fp32, S state heads:
+    ssm   [B, S, F, d + 1]              values and, in the last column, the normaliser
+    conv  [B, (H + S) d, K - 1]         the last inputs of the convolution: q's channels, then k's
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgekit.kernels.conv.reference import causal_conv, feature_map
+from edgekit.kernels.gla.reference import chunked_gla, parallel_gla, recurrent_gla
+from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer
+from edgekit.mixers.graph import Graph
+
+__all__ = ["Mixer"]
+
+FORMS = {"parallel": parallel_gla, "chunked": chunked_gla, "recurrent": recurrent_gla}
+IDENTITY_TAP = 0.001  # initial weight of the taps before the current token
+INIT_STD = 0.006  # of the gate's matrices
+
+
+class Mixer(TokenMixer):
+    """The default student: constant memory, constant time per token."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        """Add the convolutions, the feature matrices and the gate to the teacher's projections."""
+        super().__init__(config)
+        options, d, states = config.lawcat, config.head_dim, config.state_heads
+        self.conv_q = _Taps(config.num_heads * d, options.conv_size)
+        self.conv_k = _Taps(states * d, options.conv_size)
+        self.feature_map = _Taps(states, d, config.feature_dim)
+        self.gate_down = nn.Linear(config.hidden_size, options.gate_rank, bias=False)
+        self.gate_up = nn.Linear(options.gate_rank, config.num_kv_heads * config.state_rows)
+
+    def forward(
+        self, x: torch.Tensor, context: MixerContext, state: State | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """Mix `x [B, T, D]` in the form `context.form`; padding is a no-op."""
+        features, values, g, tail = self._features(x, context, state)
+        q, k = features
+        if context.mask is not None:
+            valid = context.mask[..., None, None].to(k.dtype)
+            k, g = k * valid, g * valid
+        entering = None if state is None else state["ssm"]
+        y, ssm = FORMS[context.form](q, k, values, g, entering, eps=self.config.lawcat.eps)
+        return self.o_proj(y.flatten(2).to(x.dtype)), {"ssm": ssm, "conv": tail}
+
+    def _features(
+        self, x: torch.Tensor, context: MixerContext, state: State | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """phi(q) and phi(k), values, log decay and the convolution's tail."""
+        config, d = self.config, self.config.head_dim
+        repeat = config.state_heads // config.num_kv_heads
+        q, k, v = self.project(x)
+        if config.lawcat.position == "rope":
+            q, k = context.rotate(q), context.rotate(k)
+        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+        g = self.log_decay(x).repeat_interleave(repeat, dim=2)
+        taps = torch.cat((self.conv_q.weight, self.conv_k.weight))
+        channels = torch.cat((q.flatten(2), k.flatten(2)), dim=2)
+        mixed, tail = causal_conv(
+            channels, taps, None if state is None else state["conv"], context.mask
+        )
+        q, k = mixed.unflatten(-1, (-1, d)).split((config.num_heads, config.state_heads), dim=2)
+        shared = self.feature_map.weight.repeat_interleave(
+            config.num_heads // config.state_heads, dim=0
+        )
+        return (feature_map(q, shared), feature_map(k, self.feature_map.weight)), v.float(), g, tail
+
+    def log_decay(self, x: torch.Tensor) -> torch.Tensor:
+        """g = max(logsigmoid(gate(x)) / divisor, floor), fp32 `[B, T, Hkv, F]`."""
+        options = self.config.lawcat
+        a = self.gate_up(self.gate_down(x)).float()
+        g = functional.logsigmoid(a) / options.gate_divisor
+        return g.clamp_min(options.gate_floor).unflatten(-1, (-1, self.config.state_rows))
+
+    @staticmethod
+    def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:
+        """Identity convolution, rectangular identity map, small random gate (seeded by the layer)."""
+        options, d, states = config.lawcat, config.head_dim, config.state_heads
+        random = torch.Generator().manual_seed(layer)
+        width = config.num_kv_heads * config.state_rows
+        down = torch.randn(options.gate_rank, config.hidden_size, generator=random) * INIT_STD
+        up = torch.randn(width, options.gate_rank, generator=random) * INIT_STD
+        return {
+            "conv_q.weight": _identity_taps(config.num_heads * d, options.conv_size),
+            "conv_k.weight": _identity_taps(states * d, options.conv_size),
+            "feature_map.weight": torch.eye(d, config.feature_dim).repeat(states, 1, 1),
+            "gate_down.weight": down,
+            "gate_up.weight": up,
+            "gate_up.bias": torch.full((width,), float(options.gate_bias_init)),
+        }
+
+    @staticmethod
+    def describe(graph: Graph[Any], x: Any, prefix: str, layer: int, config: MixerConfig) -> Any:
+        """The same steps as `forward`, in the exporters' vocabulary."""
+        repeat, d = config.state_heads // config.num_kv_heads, config.head_dim
+        q, k, v = graph.linears(x, [f"{prefix}.{n}" for n in ("q_proj", "k_proj", "v_proj")])
+        if config.qk_norm:
+            q, k = graph.head_norm(q, f"{prefix}.q_norm"), graph.head_norm(k, f"{prefix}.k_norm")
+        if config.lawcat.position == "rope":
+            q, k = graph.rope(q), graph.rope(k)
+        g = graph.log_decay(x, f"{prefix}.gate_down", f"{prefix}.gate_up")
+        if repeat > 1:
+            k, v = graph.repeat_heads(k, d, repeat), graph.repeat_heads(v, d, repeat)
+            g = graph.repeat_heads(g, config.state_rows, repeat)
+        q, k = graph.causal_conv(q, k, f"{prefix}.conv_q", f"{prefix}.conv_k", layer)
+        q, k = graph.feature_map(q, k, f"{prefix}.feature_map")
+        y = graph.linear_attention(q, k, v, g, layer)
+        return graph.linears(y, [f"{prefix}.o_proj"])[0]
+
+
+class _Taps(nn.Module):
+    """A named weight without a forward of its own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+def _identity_taps(channels: int, size: int) -> torch.Tensor:
+    taps = torch.full((channels, size), IDENTITY_TAP)
+    taps[:, -1] = 1.0
+    return taps

@@ -1,0 +1,145 @@
+"""The decoder's own configuration: every foreign config is parsed into it once, by `edgekit.sources`."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from edgekit.errors import UsageError
+
+__all__ = ["DecoderConfig", "LawcatConfig", "RopeConfig"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extension.
+
+    `linear` divides every frequency by `factor`; `llama3` divides only the low ones, with a smooth
+    ramp between `original_context / low_freq_factor` and `original_context / high_freq_factor`.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LawcatConfig:
+    """Shape and initialisation of the LAWCAT mixer (arXiv 2509.18467).
+
+    Attributes:
+        state_sharing: `q_head` keeps one state per query head (the paper); `kv_head` one per KV head.
+        feature_dim: f, columns of the feature matrix; the map has F = 2 f features. None: head_dim / 2.
+        conv_size: taps of the causal convolution on q and k.
+        gate_rank: inner width of the low-rank gate.
+        gate_divisor: g = logsigmoid(a) / gate_divisor.
+        gate_floor: g is never below this, so that a chunk's cumulative decay stays inside fp32 and one
+            mid-chunk anchor suffices; -2.5 is reached at a gate logit of -40.
+        gate_bias_init: 0 is the paper's (half-life 16 tokens); 4 gives 611 tokens.
+        position: `none`, or `rope` to rotate q and k before the convolution.
+        eps: added to the denominator.
+    """
+
+    state_sharing: Literal["q_head", "kv_head"] = "q_head"
+    feature_dim: int | None = None
+    conv_size: int = 4
+    gate_rank: int = 16
+    gate_divisor: float = 16.0
+    gate_floor: float = -2.5
+    gate_bias_init: float = 0.0
+    position: Literal["none", "rope"] = "none"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the ranges that the chunked form relies on."""
+        if not -2.5 <= self.gate_floor < 0:
+            raise UsageError(
+                f"gate_floor {self.gate_floor} given; allowed: -2.5 up to, not including, 0"
+            )
+        if self.conv_size < 2:
+            raise UsageError(f"conv_size {self.conv_size} given; allowed: 2 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """A pre-norm decoder with rotary attention, SwiGLU and a token mixer chosen per layer.
+
+    Attributes:
+        family: which foreign family it came from; kept for `config.json`, never branched on for maths.
+        head_dim: width of one head; need not be hidden_size / num_heads.
+        qk_norm: RMS norm over each head of q and k (Qwen3).
+        context_length: positions a softmax layer may see: the model's limit or its sliding window.
+        mixers: registry key of each layer's token mixer.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_head: bool = True
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    mixers: tuple[str, ...] = ()
+    lawcat: LawcatConfig = field(default_factory=LawcatConfig)
+
+    def __post_init__(self) -> None:
+        """Fill the mixers in (softmax everywhere) and check that the sizes fit together."""
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if not self.mixers:
+            object.__setattr__(self, "mixers", ("softmax",) * self.num_layers)
+        if len(self.mixers) != self.num_layers:
+            raise UsageError(f"{len(self.mixers)} mixers given for {self.num_layers} layers")
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def feature_dim(self) -> int:
+        """f: columns of LAWCAT's feature matrix per head."""
+        return self.lawcat.feature_dim or self.head_dim // 2
+
+    @property
+    def state_rows(self) -> int:
+        """F = 2 f: features, and rows of the LAWCAT state."""
+        return 2 * self.feature_dim
+
+    @property
+    def state_heads(self) -> int:
+        """Heads that own a LAWCAT state: query heads or KV heads."""
+        return self.num_heads if self.lawcat.state_sharing == "q_head" else self.num_kv_heads
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of the exported LAWCAT state: values, normaliser, padding up to a multiple of 8."""
+        return -(-(self.head_dim + 1) // 8) * 8
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether any layer reads absolute positions."""
+        return "softmax" in self.mixers or self.lawcat.position == "rope"
+
+    def with_mixers(
+        self, mixers: tuple[str, ...], lawcat: LawcatConfig | None = None
+    ) -> "DecoderConfig":
+        """The same decoder with other token mixers."""
+        return replace(self, mixers=mixers, lawcat=lawcat or self.lawcat)

@@ -1,0 +1,173 @@
+"""The decoder in PyTorch: what is trained, and what every exported graph is checked against.
+
+Module and tensor names are those of a Hugging Face Llama checkpoint. B batch, T time, D hidden width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgekit.mixers.base import Form, MixerContext, State, mixer_type
+from edgekit.models.config import DecoderConfig
+from edgekit.models.rope import apply_rope, rope_tables
+from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
+
+__all__ = ["Decoder", "DecoderLayer", "streamed_logits", "with_fresh_mixers"]
+
+
+class Mlp(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, inner, bias=bias)
+        self.up_proj = nn.Linear(d, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, d, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`."""
+        y: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm mixer and feed-forward, each with a residual."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        """Build layer `layer` with the mixer that `config` names for it."""
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = mixer_type(config.mixers[layer])(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(
+        self, x: torch.Tensor, context: MixerContext, state: State | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """`[B, T, D]` to `[B, T, D]`, and the mixer's state after it."""
+        mixed, after = self.self_attn(self.input_layernorm(x), context, state)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), after
+
+
+class _Trunk(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A whole language model; call it on token ids.
+
+    Example:
+        >>> decoder = Decoder.from_store(config, store)            # doctest: +SKIP
+        >>> logits, state = decoder(ids)                           # doctest: +SKIP
+        >>> logits, state = decoder(next_ids, state=state)         # doctest: +SKIP
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Build the modules, uninitialised by any checkpoint."""
+        super().__init__()
+        self.config = config
+        self.model = _Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_store(cls, config: DecoderConfig, store: WeightStore) -> "Decoder":
+        """Load every tensor from `store` as fp32, bit for bit where the store holds fp32."""
+        with torch.device("meta"):
+            decoder = cls(config)
+        names = [
+            n for n in decoder.state_dict() if not (config.tied_head and n == "lm_head.weight")
+        ]
+        tensors = {name: store.tensor(name).float().clone() for name in names}
+        decoder.load_state_dict(tensors, strict=False, assign=True)
+        if config.tied_head:
+            decoder.lm_head.weight = decoder.model.embed_tokens.weight
+        return decoder.eval()
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        state: list[State] | None = None,
+        form: Form = "chunked",
+    ) -> tuple[torch.Tensor, list[State]]:
+        """Logits of every position.
+
+        Args:
+            ids: token ids `[B, T]`.
+            mask: 1 for tokens, 0 for padding, over everything so far `[B, S]`, S >= T; None: no padding.
+            state: what an earlier call returned.
+            form: which form a recurrent mixer computes.
+
+        Returns:
+            fp32 logits `[B, T, V]` and the state of each layer.
+        """
+        total = ids.shape[1] + _position(state) if mask is None else mask.shape[1]
+        context = _context(self.config, ids.shape[1], total, mask, form)
+        x = self.model.embed_tokens(ids)
+        after = []
+        for i, layer in enumerate(self.model.layers):
+            x, layer_state = layer(x, context, None if state is None else state[i])
+            after.append({**layer_state, "position": torch.tensor(total)})
+        return self.lm_head(self.model.norm(x)).float(), after
+
+
+def _position(state: list[State] | None) -> int:
+    return 0 if state is None else int(state[0]["position"])
+
+
+def _context(
+    config: DecoderConfig, time: int, total: int, mask: torch.Tensor | None, form: Form
+) -> MixerContext:
+    steps = torch.arange(total)[None] if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
+    cos, sin = rope_tables(config.rope, config.head_dim, steps[:, total - time :])
+    rotate: Callable[[torch.Tensor], torch.Tensor] = lambda x: apply_rope(x, cos, sin)  # noqa: E731
+    recent = None if mask is None else mask[:, total - time :]
+    return MixerContext(rotate=rotate, mask=recent, past_mask=mask, form=form)
+
+
+def with_fresh_mixers(config: DecoderConfig, store: WeightStore) -> WeightStore:
+    """`store` plus untrained tensors for every mixer that the checkpoint does not know."""
+    fresh = {
+        f"model.layers.{layer}.self_attn.{name}": tensor
+        for layer, mixer in enumerate(config.mixers)
+        for name, tensor in mixer_type(mixer).fresh_tensors(config, layer).items()
+    }
+    missing = {name: tensor for name, tensor in fresh.items() if name not in store}
+    return OverlayStore(MemoryStore(missing), store)
+
+
+@torch.inference_mode()
+def streamed_logits(
+    config: DecoderConfig, store: WeightStore, ids: torch.Tensor, *, form: Form = "chunked"
+) -> torch.Tensor:
+    """Logits `[B, T, V]` of `ids [B, T]` with one layer's weights in memory at a time."""
+    context = _context(config, ids.shape[1], ids.shape[1], None, form)
+    table = store.tensor("model.embed_tokens.weight")
+    x = functional.embedding(ids, table).float()
+    for i in range(config.num_layers):
+        x, _ = _loaded_layer(config, store, i)(x, context)
+    x = functional.rms_norm(
+        x, (config.hidden_size,), store.tensor("model.norm.weight").float(), config.rms_norm_eps
+    )
+    head = table if config.tied_head else store.tensor("lm_head.weight")
+    return functional.linear(x, head.float())
+
+
+def _loaded_layer(config: DecoderConfig, store: WeightStore, layer: int) -> DecoderLayer:
+    with torch.device("meta"):
+        module = DecoderLayer(config, layer)
+    prefix = f"model.layers.{layer}."
+    tensors = {name: store.tensor(prefix + name).float() for name in module.state_dict()}
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()

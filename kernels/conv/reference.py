@@ -1,0 +1,63 @@
+"""Causal depthwise convolution and the tied softmax feature map, in plain PyTorch (LAWCAT, arXiv 2509.18467).
+
+y[t, c] = sum_j w[c, j] x[t - (K-1) + j, c]                    w[:, K-1] multiplies the current token
+phi(x)  = max(concat(softmax(x W), softmax(-x W)), 1e-12)      per head, softmax over the f columns
+"""
+
+import torch
+from torch.nn import functional
+
+__all__ = ["causal_conv", "feature_map"]
+
+FEATURE_FLOOR = 1e-12
+
+
+def causal_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tail: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Depthwise convolution over time with carried history.
+
+    Args:
+        x: inputs `[B, T, C]`, T of any size from 1.
+        weight: taps `[C, K]`.
+        tail: the K - 1 inputs before the first, `[B, C, K - 1]`, or None for zeros.
+        mask: 1 for tokens, 0 for padding, `[B, T]`; padding (left or right) leaves outputs and tail as if absent.
+
+    Returns:
+        Outputs `[B, T, C]` and the last K - 1 valid inputs `[B, C, K - 1]`.
+    """
+    taps = weight.shape[1]
+    history = x.new_zeros(x.shape[0], x.shape[2], taps - 1) if tail is None else tail
+    inputs = x if mask is None else x * mask[..., None].to(x.dtype)
+    padded = torch.cat((history, inputs.transpose(1, 2)), dim=2)
+    y = functional.conv1d(padded, weight[:, None], groups=weight.shape[0])
+    return y.transpose(1, 2), _last_valid(padded, mask, taps - 1)
+
+
+def _last_valid(padded: torch.Tensor, mask: torch.Tensor | None, count: int) -> torch.Tensor:
+    """The `count` columns that end at each row's last valid one."""
+    width = padded.shape[2]
+    if mask is None:
+        return padded[:, :, width - count :]
+    steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    end = (mask.to(torch.int64) * steps).amax(dim=1)  # columns of the input up to the last token
+    columns = end[:, None] + torch.arange(count, device=mask.device)
+    return padded.gather(2, columns[:, None].expand(-1, padded.shape[1], -1))
+
+
+def feature_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Positive features of each head.
+
+    Args:
+        x: `[B, T, H, d]`.
+        weight: one matrix per head, `[H, d, f]`.
+
+    Returns:
+        `[B, T, H, 2 f]`, at least 1e-12; each half sums to 1.
+    """
+    u = torch.einsum("bthd,hdf->bthf", x, weight).float()
+    halves = torch.cat((u.softmax(dim=-1), (-u).softmax(dim=-1)), dim=-1)
+    return halves.clamp_min(FEATURE_FLOOR)

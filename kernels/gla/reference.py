@@ -1,0 +1,134 @@
+"""Normalised gated linear attention, three equal forms in plain PyTorch (LAWCAT, arXiv 2509.18467).
+
+Shapes: B batch, T time, H query heads, S state heads (H a multiple of S; query head h reads state head
+h // (H / S)), F features, V value width. Layout `[B, T, heads, width]`.
+
+With alpha_t = exp(g_t) per state row and v+ = [v, 1]:
+
+    S_t = diag(alpha_t) S_{t-1} + k_t v+_t^T          n_t = q_t^T S_t          o_t = n_t[:V] / (n_t[V] + eps)
+
+The last state column is the decayed sum of keys, so o_t is a weighted mean of values. q and k must be
+non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose mid-chunk anchor
+keeps every factor below e^80; `recurrent_gla` and `parallel_gla` take any g <= 0. For
+chunk rows t >= s and anchor row m, exp(b_t - b_s) = exp(b_t - b_m) exp(b_m - b_s).
+"""
+
+import torch
+from torch.nn import functional
+
+__all__ = ["chunked_gla", "parallel_gla", "recurrent_gla"]
+
+Output = tuple[torch.Tensor, torch.Tensor]
+
+
+def recurrent_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Output:
+    """One token after another: the definition, and the decode step.
+
+    Args:
+        q: features of the queries, `[B, T, H, F]`.
+        k: features of the keys, `[B, T, S, F]`; 0 on padding.
+        v: values `[B, T, S, V]`.
+        g: log decay `[B, T, S, F]`, <= 0; 0 on padding.
+        state: `[B, S, F, V + 1]` entering the first token, or None for zeros.
+        eps: added to the denominator.
+
+    Returns:
+        The output `[B, T, H, V]` and the state `[B, S, F, V + 1]` after the last token.
+    """
+    values = functional.pad(v, (0, 1), value=1.0)
+    running = _zeros(k, values) if state is None else state
+    outputs = []
+    for t in range(q.shape[1]):
+        update = k[:, t, :, :, None] * values[:, t, :, None, :]
+        running = g[:, t, :, :, None].exp() * running + update
+        outputs.append(_grouped(q[:, t, None], k.shape[2])[:, :, :, 0] @ running)
+    return _normalise(torch.stack(outputs, dim=3), eps), running
+
+
+def parallel_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Output:
+    """All pairs of tokens at once: quadratic in T, and free of anchors. Same arguments as `recurrent_gla`."""
+    values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)  # [B, S, T, V+1]
+    b = g.cumsum(dim=1).transpose(1, 2)  # [B, S, T, F]
+    keys = k.transpose(1, 2)
+    queries = _grouped(q, k.shape[2])  # [B, S, G, T, F]
+    difference = b[:, :, :, None] - b[:, :, None, :]  # [B, S, T, T, F]
+    causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+    decay = difference.masked_fill(~causal[..., None], -torch.inf).exp()
+    weights = torch.einsum("bsgtf,bsuf,bstuf->bsgtu", queries, keys, decay)
+    entering = _zeros(k, values) if state is None else state
+    numerator = (
+        weights @ values[:, :, None] + (queries * b.exp()[:, :, None]) @ entering[:, :, None]
+    )
+    final = b[:, :, -1, :, None].exp() * entering
+    final = final + (keys * (b[:, :, -1:] - b).exp()).transpose(2, 3) @ values
+    return _normalise(numerator, eps), final
+
+
+def chunked_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    chunk: int = 64,
+) -> Output:
+    """Chunks of at most 64 tokens in turn: linear in T, all matrix products. Same arguments otherwise."""
+    values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)
+    keys, gates, queries = k.transpose(1, 2), g.transpose(1, 2), _grouped(q, k.shape[2])
+    running = _zeros(k, values) if state is None else state
+    pieces = []
+    for start in range(0, q.shape[1], chunk):
+        rows = slice(start, start + chunk)
+        piece, running = _one_chunk(
+            queries[..., rows, :], keys[:, :, rows], values[:, :, rows], gates[:, :, rows], running
+        )
+        pieces.append(piece)
+    return _normalise(torch.cat(pieces, dim=3), eps), running
+
+
+def _one_chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor
+) -> Output:
+    b = g.cumsum(dim=2)  # [B, S, C, F], inclusive
+    anchor = b[:, :, b.shape[2] // 2, None]
+    last = b[:, :, -1:]
+    weights = (q * (b - anchor).exp()[:, :, None]) @ (k * (anchor - b).exp())[:, :, None].mT
+    weights = torch.where(torch.ones_like(weights, dtype=torch.bool).tril(), weights, 0.0)
+    output = weights @ v[:, :, None] + (q * b.exp()[:, :, None]) @ state[:, :, None]
+    state = last.mT.exp() * state + (k * (last - b).exp()).mT @ v
+    return output, state
+
+
+def _zeros(k: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], values.shape[-1])
+
+
+def _grouped(q: torch.Tensor, state_heads: int) -> torch.Tensor:
+    """`[B, T, H, F]` to `[B, S, G, T, F]`."""
+    batch, time, heads, features = q.shape
+    grouped = q.reshape(batch, time, state_heads, heads // state_heads, features)
+    return grouped.permute(0, 2, 3, 1, 4)
+
+
+def _normalise(numerator: torch.Tensor, eps: float) -> torch.Tensor:
+    """Divide `[B, S, G, T, V + 1]` by its last column, and return `[B, T, H, V]`."""
+    output = numerator[..., :-1] / (numerator[..., -1:] + eps)
+    return output.permute(0, 3, 1, 2, 4).flatten(2, 3)
