@@ -58,7 +58,7 @@ def detect(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """The fields of the first CPU in `cpuinfo` (`vendor_id`, `model name`, `flags`, ...), or nothing."""
+    """The fields of the first CPU in `cpuinfo`: `vendor_id`, `model name`, `flags` and so on."""
     if not cpuinfo.is_file():
         return {}
     first = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]

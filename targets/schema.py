@@ -27,8 +27,8 @@ class Target:
         prefill_block: tokens fed in one call while a prompt is read, per engine.
         inference_precision: arithmetic that the engine is asked for, such as `f32`.
         threads: CPU threads; None leaves the choice to the engine.
-        provenance: for each setting above, `measured here`, `vendor document` or `open` (chosen, not
-            yet checked on such a device), with a detail after a colon where there is one.
+        provenance: for each setting above, `measured here`, `vendor document` or `open` (chosen,
+            not yet checked on such a device), with a detail after a colon where there is one.
     """
 
     name: str
