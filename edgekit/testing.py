@@ -1,0 +1,212 @@
+"""Tiny models and numeric comparison, for tests and benchmarks.
+
+Example:
+    >>> write_tiny_checkpoint(Path("tiny"), "qwen3")                # doctest: +SKIP
+    PosixPath('tiny')
+    >>> assert_close("y", reference, actual, ratio=TOLERANCE["float32"])   # doctest: +SKIP
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edgekit.errors import UsageError
+
+__all__ = ["TINY_FAMILIES", "TOLERANCE", "assert_close", "relative_error", "write_tiny_checkpoint"]
+
+# RMS(error) / RMS(reference) that two correct computations in this dtype stay below.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CONFIG_CLASSES = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+}
+TINY_SIZES: Mapping[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+# Qwen3's heads are wider than hidden / heads, so that code which derives one from the other fails.
+FAMILY_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+}
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "Once upon a time there was a small model that ran on a small machine and was content.",
+    "def convert(source, out): return the number of tokens, 1234567890, in the answer.",
+)
+
+
+def write_tiny_checkpoint(
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Write a small random Hugging Face checkpoint with a real tokenizer.
+
+    3 layers, hidden 64, 4 query and 2 KV heads of 16 (Qwen3: 24), vocabulary 320, context 512.
+    Biases and norms are random, so that forgetting one shows; logits have a deviation of about 2.
+
+    Args:
+        directory: created if need be.
+        family: one of `TINY_FAMILIES`.
+        seed: of every random value.
+        dtype: how the tensors are stored, such as "bfloat16".
+        max_shard_size: as in `save_pretrained`; a small one makes a sharded checkpoint.
+        overrides: keys of the family's configuration, such as `tie_word_embeddings=False`.
+
+    Returns:
+        `directory`.
+
+    Raises:
+        UsageError: if the family, or a key of its configuration, is unknown.
+    """
+    if family not in TINY_FAMILIES:
+        raise UsageError(f"family {family!r} is unknown; known: {', '.join(TINY_FAMILIES)}")
+    transformers: Any = importlib.import_module("transformers")  # slow to load; typed only in part
+    config_class = getattr(transformers, CONFIG_CLASSES[family])
+    settings = {**TINY_SIZES, **FAMILY_SIZES[family], **overrides}
+    unknown = sorted(key for key in settings if not _is_setting(config_class, key))
+    if unknown:
+        raise UsageError(f"{CONFIG_CLASSES[family]} has no key {unknown[0]!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config_class(**settings))
+        _randomise(model)
+    model = model.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    _write_tiny_tokenizer(directory)
+    return directory
+
+
+def _is_setting(config_class: Any, key: str) -> bool:
+    return key in ("rope_scaling", "rope_theta") or hasattr(config_class(), key)
+
+
+def _randomise(model: torch.nn.Module) -> None:
+    """Fill every parameter so that activations and logits keep a scale of 1 to 5."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.copy_(0.25 * torch.randn(parameter.shape))
+            else:
+                parameter.copy_(torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
+
+
+def _write_tiny_tokenizer(directory: Path) -> None:
+    """A byte-level BPE with single digits and the ChatML markers, in Hugging Face's files."""
+    from tokenizers import (  # type: ignore[import-untyped]
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_SIZES["vocab_size"],
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[1],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[2],
+        "unk_token": SPECIAL_TOKENS[0],
+        "model_max_length": TINY_SIZES["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+Array = torch.Tensor | npt.NDArray[Any]
+
+
+def relative_error(reference: Array, actual: Array) -> float:
+    """RMS(actual - reference) / RMS(reference), in fp64; 0 when both are zero everywhere."""
+    expected, got = _double(reference), _double(actual)
+    error = float(np.sqrt(np.mean((got - expected) ** 2))) if expected.size else 0.0
+    scale = float(np.sqrt(np.mean(expected**2))) if expected.size else 0.0
+    return error / scale if scale else error
+
+
+def assert_close(name: str, reference: Array, actual: Array, *, ratio: float) -> None:
+    """Check shape, finiteness and relative error of `actual`; NumPy arrays and torch tensors alike.
+
+    Args:
+        name: said in the failure.
+        reference: what is taken as true.
+        actual: what is checked.
+        ratio: the largest relative error allowed, usually `TOLERANCE[dtype]`.
+
+    Raises:
+        AssertionError: if shapes differ, a value is not finite, or the error is too large.
+    """
+    if tuple(reference.shape) != tuple(actual.shape):
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(reference.shape)}")
+    if not np.isfinite(_double(actual)).all():
+        raise AssertionError(f"{name}: has values that are not finite")
+    error = relative_error(reference, actual)
+    if not error <= ratio:
+        raise AssertionError(f"{name}: relative error {error:.3g} is above {ratio:.3g}")
+
+
+def _double(array: Array) -> npt.NDArray[np.float64]:
+    if isinstance(array, torch.Tensor):
+        return array.detach().cpu().double().numpy()
+    return np.asarray(array, dtype=np.float64)
