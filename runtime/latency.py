@@ -1,0 +1,207 @@
+"""How fast a bundle is, measured from outside: the time of each `Session.append`.
+
+A prompt is timed from an empty session to its first greedy token. Decoding is timed token by token
+at each depth, that is, after so many tokens were read: a recurrent model is as fast at depth 32768
+as at 0. Memory is measured by a second process (`memory.py`), as measuring one disturbs the other.
+
+Example:
+    >>> from edgekit.runtime.latency import Options, measure
+    >>> report = measure("out", Options(prompts=(128,), depths=(0, 4096)))       # doctest: +SKIP
+    >>> report.decode[1].tokens_per_second.median                                # doctest: +SKIP
+    113.2
+"""
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit.runtime import Model, Session
+from edgekit.runtime.memory import Memory, measure_memory
+from edgekit.runtime.workload import (
+    Options,
+    at_depths,
+    check_context,
+    greedy,
+    open_model,
+    prompt_ids,
+)
+from edgekit.targets import cpu_facts
+
+__all__ = ["Decode", "Memory", "Options", "Prefill", "Report", "Spread", "measure"]
+
+ENGINE_PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """The median of the repetitions with the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefill:
+    """Reading a prompt of `tokens` tokens; `ttft_ms` runs until the first greedy token is known."""
+
+    tokens: int
+    tokens_per_second: Spread
+    ttft_ms: Spread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode:
+    """Decoding one token at a time after `depth` tokens; percentiles are over every timed token."""
+
+    depth: int
+    tokens: int
+    tokens_per_second: Spread
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    state_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Everything measured, with what is needed to measure it again.
+
+    Attributes:
+        mixers: how many layers have each token mixer.
+        output_md5: of the greedy token ids at the last depth, comma separated.
+        load_average: of the machine over one minute, before and after: other programs spoil it.
+    """
+
+    bundle: str
+    engine: str
+    device: str
+    weights: str
+    mixers: dict[str, int]
+    threads: int | None
+    repeat: int
+    model_bytes: int
+    load_ms: float
+    compile_ms: float
+    prefill: tuple[Prefill, ...]
+    decode: tuple[Decode, ...]
+    memory: Memory | None
+    output_md5: str
+    load_average: tuple[float, float]
+    cpu: str
+    cpu_count: int
+    versions: dict[str, str]
+
+
+def measure(bundle: str | Path, options: Options) -> Report:
+    """Load a bundle and measure it.
+
+    Args:
+        bundle: its directory.
+        options: what to measure.
+
+    Raises:
+        BundleError: if it is not a sound bundle.
+        EngineError: if the engine or device is missing.
+        UsageError: if a softmax layer's context is shorter than a prompt or depth asked for.
+    """
+    before = os.getloadavg()[0]
+    model = open_model(bundle, options)
+    check_context(model, options)
+    ids = prompt_ids(model, options.longest)
+    prefill = tuple(_prefill(model, ids[:n], options.repeat) for n in options.prompts)
+    decode, output = _sweep(model, ids, options)
+    facts = _facts(model, bundle, options)
+    del model  # the second process must not share the machine's memory with a loaded model
+    return Report(
+        **facts,
+        prefill=prefill,
+        decode=decode,
+        memory=measure_memory(bundle, options) if options.memory else None,
+        output_md5=hashlib.md5(",".join(map(str, output)).encode()).hexdigest(),
+        load_average=(before, os.getloadavg()[0]),
+    )
+
+
+def _prefill(model: Model, ids: np.ndarray, repeat: int) -> Prefill:
+    seconds, first = [], []
+    for _ in range(repeat + 1):
+        session = model.session()
+        start = time.perf_counter()
+        logits = session.append(ids)
+        seconds.append(time.perf_counter() - start)
+        int(logits[0].argmax())
+        first.append(time.perf_counter() - start)
+    return Prefill(
+        tokens=len(ids),
+        tokens_per_second=_spread([len(ids) / s for s in seconds[1:]]),
+        ttft_ms=_spread([1e3 * s for s in first[1:]]),
+    )
+
+
+def _sweep(model: Model, ids: np.ndarray, options: Options) -> tuple[tuple[Decode, ...], list[int]]:
+    """Decode at each depth, reading on from the depth before; also the last greedy output."""
+    rows, output = [], list[int]()
+    for depth, session, logits in at_depths(model, ids, options.depths):
+        row, output = _decode(session, logits, depth, options)
+        rows.append(row)
+    return tuple(rows), output
+
+
+def _decode(
+    session: Session, logits: np.ndarray, depth: int, options: Options
+) -> tuple[Decode, list[int]]:
+    here = session.snapshot()
+    rates, steps, output, state_bytes = [], list[float](), list[int](), 0
+    for repetition in range(options.repeat + 1):
+        session.restore(here)
+        times, output = greedy(session, logits, options.tokens)
+        state_bytes = session.state_bytes
+        if repetition > 0:
+            rates.append(len(times) / sum(times))
+            steps += times
+    p50, p90, p99 = (float(1e3 * q) for q in np.percentile(steps, [50, 90, 99]))
+    row = Decode(
+        depth=depth,
+        tokens=options.tokens,
+        tokens_per_second=_spread(rates),
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        state_bytes=state_bytes,
+    )
+    return row, output
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median=float(np.median(values)), low=min(values), high=max(values))
+
+
+def _facts(model: Model, bundle: str | Path, options: Options) -> dict[str, Any]:
+    mixers = model.manifest.mixers
+    engine = ENGINE_PACKAGES[model.engine]
+    packages = {"edgekit": "edgekit-lm", "numpy": "numpy", engine: engine}
+    return {
+        "bundle": Path(bundle).resolve().name,
+        "engine": model.engine,
+        "device": model.device,
+        "weights": model.manifest.weights,
+        "mixers": {name: mixers.count(name) for name in sorted(set(mixers))},
+        "threads": options.threads,
+        "repeat": options.repeat,
+        "model_bytes": model.model_bytes,
+        "load_ms": 1e3 * model.load_seconds,
+        "compile_ms": 1e3 * model.compile_seconds,
+        "cpu": cpu_facts().get("model name") or platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count() or 0,
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(package) for name, package in packages.items()},
+    }

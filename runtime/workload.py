@@ -1,0 +1,121 @@
+"""What the measurements feed a model: the same text, depths and steps for time and memory."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgekit.errors import UsageError
+from edgekit.runtime import Model, Session, load
+
+__all__ = ["Options", "at_depths", "check_context", "greedy", "open_model", "prompt_ids"]
+
+TEXT = (
+    "The river had been rising since noon, and by the time the lamps were lit the old bridge "
+    "stood in the middle of a lake. Nobody in the village could remember such a spring. The miller "
+    "counted his sacks twice, moved them to the loft, and sent his son to ask whether the road to "
+    "the north was still open; it was, said the postman, but only for those in high boots. "
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        prompts: prompt lengths in tokens.
+        depths: tokens read before decoding is timed; 0 starts from a single token.
+        tokens: tokens decoded at each depth.
+        repeat: timed repetitions of each figure, after one that is not counted.
+        engine: `openvino` or `onnx`; None: the first that works.
+        device: the engine's device name.
+        threads: CPU threads; None: the engine's choice.
+        memory: whether to run the second process that measures memory.
+    """
+
+    prompts: tuple[int, ...] = (128, 1024)
+    depths: tuple[int, ...] = (0, 4096)
+    tokens: int = 64
+    repeat: int = 3
+    engine: str | None = None
+    device: str = "CPU"
+    threads: int | None = None
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: naming the option.
+        """
+        least = {"prompt": (1, self.prompts), "depth": (0, self.depths)}
+        least |= {"gen": (1, (self.tokens,)), "repeat": (1, (self.repeat,))}
+        for name, (bound, values) in least.items():
+            if min(values, default=bound) < bound:
+                raise UsageError(f"{name} {min(values)} given; allowed: {bound} or more")
+        if not self.prompts and not self.depths:
+            raise UsageError("nothing to measure: give a prompt length or a depth")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of text that the whole measurement needs."""
+        return max((*self.prompts, *self.depths, 1))
+
+
+def open_model(bundle: str | Path, options: Options) -> Model:
+    """Load the bundle as `options` ask; raises what `edgekit.runtime.load` raises."""
+    return load(bundle, engine=options.engine, device=options.device, threads=options.threads)
+
+
+def check_context(model: Model, options: Options) -> None:
+    """Refuse lengths that the model's softmax layers cannot see.
+
+    Raises:
+        UsageError: with the length and the limit.
+    """
+    limit = model.manifest.model.context_length
+    longest = max((*options.prompts, *(max(d, 1) + options.tokens for d in options.depths)))
+    if limit is not None and longest > limit:
+        raise UsageError(
+            f"{longest} tokens asked for, but the softmax layers of this bundle see {limit}; "
+            "lower --prompt or --depth"
+        )
+
+
+def prompt_ids(model: Model, count: int) -> np.ndarray:
+    """`count` token ids of English prose, int64 `[count]`; repeats itself."""
+    once = np.asarray(model.tokenizer.encode(TEXT), dtype=np.int64)
+    return np.resize(once, count)
+
+
+def at_depths(
+    model: Model, ids: np.ndarray, depths: Sequence[int]
+) -> Iterator[tuple[int, Session, np.ndarray]]:
+    """Read `ids` on from depth to depth in one session.
+
+    Yields:
+        The depth, the session that has read so many tokens (at least one), and the logits `[1, V]`
+        of its last position. The caller may decode; the session is put back afterwards.
+    """
+    session = model.session()
+    read, logits = 0, np.empty(0)
+    for depth in sorted({max(depth, 1) for depth in depths}):
+        logits = session.append(ids[read:depth])
+        read = depth
+        here = session.snapshot()
+        yield depth, session, logits
+        session.restore(here)
+
+
+def greedy(session: Session, logits: np.ndarray, count: int) -> tuple[list[float], list[int]]:
+    """Decode greedily from `logits [1, V]`: the seconds of each step, and the tokens."""
+    times, output = [], []
+    for _ in range(count):
+        token = int(logits[0].argmax())
+        start = time.perf_counter()
+        logits = session.append(np.array([token], dtype=np.int64))
+        times.append(time.perf_counter() - start)
+        output.append(token)
+    return times, output
