@@ -1,4 +1,4 @@
-"""edgekit puts language models on Intel edge devices: convert, run and profile, in constant memory."""
+"""edgekit puts language models on Intel edge devices: convert, run, profile."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """The on-disk format between export and runtime: manifest, checksums, whole-or-nothing writing.
 
-A bundle is a directory whose `edgekit.json` names every other file with its size and sha256. It is written
-to a hidden sibling and renamed when whole, so a reader never sees half of one.
+A bundle is a directory whose `edgekit.json` names every other file with its size and sha256. It is
+written to a hidden sibling and renamed when whole, so a reader never sees half of one.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class StateRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What the device needs to know of the model; `context_length` is None when memory is constant."""
+    """What the device must know; `context_length` is None when memory is constant."""
 
     family: str
     vocab_size: int

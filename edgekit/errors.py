@@ -1,4 +1,4 @@
-"""The errors edgekit raises on purpose: one line saying what was given, what is allowed, what to do."""
+"""Errors raised on purpose: one line of what was given, what is allowed, what to do."""
 
 __all__ = [
     "BundleError",
@@ -12,7 +12,7 @@ __all__ = [
 
 
 class EdgekitError(Exception):
-    """Base of every error that is the user's to fix; the command line prints it without a traceback."""
+    """Base of every error that is the user's to fix; the command line prints one line."""
 
     exit_code = 1
 

@@ -1,7 +1,7 @@
-"""What every token mixer offers: a module to train and to check against, and a description to export.
+"""What every token mixer offers: a module to train, and a description to export.
 
-A mixer is one file of this folder; its name is the registry key, and it holds `Mixer`, a subclass of
-`TokenMixer`, under exactly that name.
+A mixer is one file of this folder; its name is the registry key, and it holds `Mixer`, a subclass
+of `TokenMixer`, under exactly that name.
 """
 
 import importlib
@@ -26,34 +26,34 @@ NOT_MIXERS = ("base", "graph")
 
 
 class MixerConfig(Protocol):
-    """What a mixer reads of the decoder's configuration; `models.config.DecoderConfig` has all of it."""
+    """What a mixer reads of `models.config.DecoderConfig`."""
 
     @property
-    def hidden_size(self) -> int: ...  # noqa: D102
+    def hidden_size(self) -> int: ...
     @property
-    def num_heads(self) -> int: ...  # noqa: D102
+    def num_heads(self) -> int: ...
     @property
-    def num_kv_heads(self) -> int: ...  # noqa: D102
+    def num_kv_heads(self) -> int: ...
     @property
-    def head_dim(self) -> int: ...  # noqa: D102
+    def head_dim(self) -> int: ...
     @property
-    def groups(self) -> int: ...  # noqa: D102
+    def groups(self) -> int: ...
     @property
-    def rms_norm_eps(self) -> float: ...  # noqa: D102
+    def rms_norm_eps(self) -> float: ...
     @property
-    def qkv_bias(self) -> bool: ...  # noqa: D102
+    def qkv_bias(self) -> bool: ...
     @property
-    def o_bias(self) -> bool: ...  # noqa: D102
+    def o_bias(self) -> bool: ...
     @property
-    def qk_norm(self) -> bool: ...  # noqa: D102
+    def qk_norm(self) -> bool: ...
     @property
-    def feature_dim(self) -> int: ...  # noqa: D102
+    def feature_dim(self) -> int: ...
     @property
-    def state_rows(self) -> int: ...  # noqa: D102
+    def state_rows(self) -> int: ...
     @property
-    def state_heads(self) -> int: ...  # noqa: D102
+    def state_heads(self) -> int: ...
     @property
-    def lawcat(self) -> Any: ...  # noqa: D102
+    def lawcat(self) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ class TokenMixer(nn.Module):
     """Mixes information across time; stands where a transformer has its self-attention."""
 
     def __init__(self, config: MixerConfig) -> None:
-        """Create the teacher's four projections, which every mixer keeps under the teacher's names."""
+        """Create the teacher's four projections, under the teacher's names."""
         super().__init__()
         self.config = config
         query, value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -90,7 +90,7 @@ class TokenMixer(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q `[B, T, H, d]`, k and v `[B, T, Hkv, d]` of `x [B, T, D]`, normed as the teacher does."""
+        """Project `x [B, T, D]` to q `[B, T, H, d]`, k and v `[B, T, Hkv, d]`, normed."""
         d = self.config.head_dim
         q, k, v = (p(x).unflatten(-1, (-1, d)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
@@ -99,12 +99,12 @@ class TokenMixer(nn.Module):
     def forward(
         self, x: torch.Tensor, context: MixerContext, state: State | None = None
     ) -> tuple[torch.Tensor, State]:
-        """Mix `x [B, T, D]`, continuing from `state`; returns `[B, T, D]` and the state after it."""
+        """Mix `x [B, T, D]`, continuing from `state`; returns `[B, T, D]` and the new state."""
 
     @staticmethod
     @abstractmethod
     def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:
-        """Untrained values of the tensors that the teacher does not have, by name inside the mixer."""
+        """Untrained values of the tensors that the teacher lacks, by name in the mixer."""
 
     @staticmethod
     @abstractmethod
@@ -115,7 +115,8 @@ class TokenMixer(nn.Module):
         """Copy a teacher's attention tensors bit for bit and give the new ones their fresh values.
 
         Args:
-            tensors: the teacher's tensors by name inside its attention module (`q_proj.weight`, ...).
+            tensors: the teacher's tensors by name inside its attention module (`q_proj.weight`,
+                ...).
             layer: the layer's index, which seeds fresh values where they are random.
 
         Raises:

@@ -1,9 +1,10 @@
-"""The vocabulary in which a decoder is described to the exporters, one method per thing a decoder does.
+"""The vocabulary in which a decoder is described to the exporters.
 
-`models/describe.py` and each mixer's `describe` speak it; `export/to_openvino.py` and `export/to_onnx.py`
-implement it. A handle stands for a tensor of the graph being built; layouts are `[B, T, width]` with heads
-side by side (`width = heads * head_width`, head major) unless said otherwise. Weights are named, not passed:
-an implementation reads them from its weight store, converts and writes them one at a time.
+`models/describe.py` and each mixer's `describe` speak it; `export/to_openvino.py` and
+`export/to_onnx.py` implement it. A handle stands for a tensor of the graph being built; layouts are
+`[B, T, width]` with heads side by side (`width = heads * head_width`, head major) unless said
+otherwise. Weights are named, not passed: an implementation reads them from its weight store,
+converts and writes them one at a time.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 class Graph(Protocol[T]):
-    """A graph under construction. Every method adds nodes and returns the handle of their result."""
+    """A graph under construction; a method adds nodes and returns their result's handle."""
 
     def embed(self, name: str) -> T:
         """Rows of `{name}.weight` for the graph's `input_ids [B, T]`."""
@@ -34,7 +35,7 @@ class Graph(Protocol[T]):
         ...
 
     def linears(self, x: T, names: Sequence[str]) -> list[T]:
-        """Several linear layers over one input; their weights (`[out, in]`) may be quantised, and fused.
+        """Linear layers over one input; their weights `[out, in]` may be quantised and fused.
 
         A `{name}.bias` in the store is added.
         """
@@ -49,7 +50,7 @@ class Graph(Protocol[T]):
         ...
 
     def rope(self, x: T) -> T:
-        """Rotate each head of `x` by the positions of the graph's `position_ids`, half-split layout."""
+        """Rotate each head by the graph's `position_ids`, half-split layout."""
         ...
 
     def repeat_heads(self, x: T, head_width: int, times: int) -> T:
@@ -64,16 +65,18 @@ class Graph(Protocol[T]):
         ...
 
     def causal_conv(self, q: T, k: T, q_name: str, k_name: str, layer: int) -> tuple[T, T]:
-        """Depthwise causal convolutions with taps `{name}.weight [channels, K]` and one state of `layer`.
+        """Depthwise causal convolutions, taps `{name}.weight [channels, K]`, one state.
 
-        The state holds the last K - 1 inputs of q's channels, then k's; padded inputs count as zero.
+        The state holds the last K - 1 inputs of q's channels, then k's; padded inputs count as
+        zero.
         """
         ...
 
     def feature_map(self, q: T, k: T, name: str) -> tuple[T, T]:
-        """max([softmax(x W), softmax(-x W)], 1e-12) per head of q and k, `{name}.weight [heads, d, f]`.
+        """max([softmax(x W), softmax(-x W)], 1e-12) per head, `{name}.weight [heads, d, f]`.
 
-        W has one matrix per state head; query head h uses state head h // (num_heads / state_heads).
+        W has one matrix per state head; query head h uses state head h // (num_heads /
+        state_heads).
         """
         ...
 
@@ -84,11 +87,12 @@ class Graph(Protocol[T]):
     def linear_attention(self, q: T, k: T, v: T, g: T, layer: int) -> T:
         """Normalised gated linear attention with the recurrent state of `layer`.
 
-        q has num_heads heads of F features; k, g (F wide) and v (head_dim wide) have state_heads heads.
+        q has num_heads heads of F features; k, g (F wide) and v (head_dim wide) have state_heads
+        heads.
         Padded tokens contribute nothing: their k and g are zeroed here.
         """
         ...
 
     def logits(self, x: T, name: str) -> None:
-        """The language-model head `{name}.weight [V, D]` over the last position: output `logits [B, 1, V]`."""
+        """The head `{name}.weight [V, D]` over the last position: output `logits [B, 1, V]`."""
         ...

@@ -1,9 +1,10 @@
 """LAWCAT: normalised gated linear attention behind a short causal convolution (arXiv 2509.18467).
 
-Per layer: teacher projections; repeat of k to the query heads (`q_head`) or not (`kv_head`); depthwise
-convolution of K taps on q and on k; one feature matrix per state head, shared by q and k; a low-rank gate
-giving each state row its own decay; the recurrence of `kernels/gla/reference.py`; the teacher's output
-projection. No rotation (unless `position = "rope"`), no output gate, no output norm.
+Per layer: teacher projections; repeat of k to the query heads (`q_head`) or not (`kv_head`);
+depthwise convolution of K taps on q and on k; one feature matrix per state head, shared by q and k;
+a low-rank gate giving each state row its own decay; the recurrence of `kernels/gla/reference.py`;
+the teacher's output projection. No rotation (unless `position = "rope"`), no output gate, no output
+norm.
 
 State, constant in the sequence length, fp32, S state heads:
     ssm   [B, S, F, d + 1]              values and, in the last column, the normaliser
@@ -71,22 +72,24 @@ class Mixer(TokenMixer):
         mixed, tail = causal_conv(
             channels, taps, None if state is None else state["conv"], context.mask
         )
-        q, k = mixed.unflatten(-1, (-1, d)).split((config.num_heads, config.state_heads), dim=2)
+        heads = mixed.reshape(*mixed.shape[:2], -1, d)
+        q, k = heads.split((config.num_heads, config.state_heads), dim=2)
         shared = self.feature_map.weight.repeat_interleave(
             config.num_heads // config.state_heads, dim=0
         )
         return (feature_map(q, shared), feature_map(k, self.feature_map.weight)), v.float(), g, tail
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        """g = max(logsigmoid(gate(x)) / divisor, floor), fp32 `[B, T, Hkv, F]`."""
+        """G = max(logsigmoid(gate(x)) / divisor, floor), fp32 `[B, T, Hkv, F]`."""
         options = self.config.lawcat
-        a = self.gate_up(self.gate_down(x)).float()
+        a: torch.Tensor = self.gate_up(self.gate_down(x)).float()
         g = functional.logsigmoid(a) / options.gate_divisor
-        return g.clamp_min(options.gate_floor).unflatten(-1, (-1, self.config.state_rows))
+        floored = g.clamp_min(options.gate_floor)
+        return floored.reshape(*floored.shape[:2], -1, self.config.state_rows)
 
     @staticmethod
     def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:
-        """Identity convolution, rectangular identity map, small random gate (seeded by the layer)."""
+        """Identity convolution, rectangular identity map, small gate seeded by the layer."""
         options, d, states = config.lawcat, config.head_dim, config.state_heads
         random = torch.Generator().manual_seed(layer)
         width = config.num_kv_heads * config.state_rows

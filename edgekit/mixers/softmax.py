@@ -47,7 +47,7 @@ class Mixer(TokenMixer):
 
 
 def _visible(q: torch.Tensor, k: torch.Tensor, past_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which keys each query sees, `[.., T, S]`; a padded query sees itself, so that no row is empty."""
+    """Which keys each query sees, `[.., T, S]`; a padded query sees itself."""
     time, total = q.shape[2], k.shape[2]
     rows = torch.arange(total - time, total, device=q.device)[:, None]
     columns = torch.arange(total, device=q.device)

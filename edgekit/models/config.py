@@ -1,4 +1,4 @@
-"""The decoder's own configuration: every foreign config is parsed into it once, by `edgekit.sources`."""
+"""The decoder's own configuration; `edgekit.sources` parses foreign ones into it."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -31,13 +31,15 @@ class LawcatConfig:
     """Shape and initialisation of the LAWCAT mixer (arXiv 2509.18467).
 
     Attributes:
-        state_sharing: `q_head` keeps one state per query head (the paper); `kv_head` one per KV head.
-        feature_dim: f, columns of the feature matrix; the map has F = 2 f features. None: head_dim / 2.
+        state_sharing: `q_head` keeps one state per query head (the paper); `kv_head` one per KV
+            head.
+        feature_dim: f, columns of the feature matrix; the map has F = 2 f features. None: head_dim
+            / 2.
         conv_size: taps of the causal convolution on q and k.
         gate_rank: inner width of the low-rank gate.
         gate_divisor: g = logsigmoid(a) / gate_divisor.
-        gate_floor: g is never below this, so that a chunk's cumulative decay stays inside fp32 and one
-            mid-chunk anchor suffices; -2.5 is reached at a gate logit of -40.
+        gate_floor: g is never below this, so that a chunk's cumulative decay stays inside fp32 and
+            one mid-chunk anchor suffices; -2.5 is reached at a gate logit of -40.
         gate_bias_init: 0 is the paper's (half-life 16 tokens); 4 gives 611 tokens.
         position: `none`, or `rope` to rotate q and k before the convolution.
         eps: added to the denominator.
@@ -68,7 +70,8 @@ class DecoderConfig:
     """A pre-norm decoder with rotary attention, SwiGLU and a token mixer chosen per layer.
 
     Attributes:
-        family: which foreign family it came from; kept for `config.json`, never branched on for maths.
+        family: which foreign family it came from; kept for `config.json`, never branched on for
+            maths.
         head_dim: width of one head; need not be hidden_size / num_heads.
         qk_norm: RMS norm over each head of q and k (Qwen3).
         context_length: positions a softmax layer may see: the model's limit or its sliding window.
@@ -130,7 +133,7 @@ class DecoderConfig:
 
     @property
     def value_columns(self) -> int:
-        """Columns of the exported LAWCAT state: values, normaliser, padding up to a multiple of 8."""
+        """Columns of the exported state: values, normaliser, padding to a multiple of 8."""
         return -(-(self.head_dim + 1) // 8) * 8
 
     @property

@@ -1,6 +1,7 @@
 """The decoder in PyTorch: what is trained, and what every exported graph is checked against.
 
-Module and tensor names are those of a Hugging Face Llama checkpoint. B batch, T time, D hidden width.
+Module and tensor names are those of a Hugging Face Llama checkpoint. B batch, T time, D hidden
+width.
 """
 
 from collections.abc import Callable
@@ -105,7 +106,8 @@ class Decoder(nn.Module):
 
         Args:
             ids: token ids `[B, T]`.
-            mask: 1 for tokens, 0 for padding, over everything so far `[B, S]`, S >= T; None: no padding.
+            mask: 1 for tokens, 0 for padding, over everything so far `[B, S]`, S >= T; None: no
+                padding.
             state: what an earlier call returned.
             form: which form a recurrent mixer computes.
 

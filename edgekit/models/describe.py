@@ -1,4 +1,4 @@
-"""The decoder told to an exporter, in the vocabulary of `mixers/graph.py`; mirrors `models/decoder.py`."""
+"""The decoder told to an exporter; mirrors `models/decoder.py`."""
 
 from typing import Any
 

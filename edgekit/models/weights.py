@@ -1,7 +1,7 @@
 """Where a decoder's tensors come from: a read-only mapping from checkpoint names to arrays.
 
-Names are those of a Hugging Face Llama checkpoint (`model.layers.3.self_attn.q_proj.weight`), whatever
-the source was, so that the torch decoder and both exporters read the same store.
+Names are those of a Hugging Face Llama checkpoint (`model.layers.3.self_attn.q_proj.weight`),
+whatever the source was, so that the torch decoder and both exporters read the same store.
 """
 
 from collections.abc import Iterator, Mapping

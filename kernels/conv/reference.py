@@ -1,7 +1,8 @@
-"""Causal depthwise convolution and the tied softmax feature map, in plain PyTorch (LAWCAT, arXiv 2509.18467).
+"""Causal depthwise convolution and softmax feature map (LAWCAT, arXiv 2509.18467).
 
-y[t, c] = sum_j w[c, j] x[t - (K-1) + j, c]                    w[:, K-1] multiplies the current token
-phi(x)  = max(concat(softmax(x W), softmax(-x W)), 1e-12)      per head, softmax over the f columns
+y[t, c] = sum_j w[c, j] x[t - (K-1) + j, c]                    w[:, K-1] multiplies the current
+token phi(x)  = max(concat(softmax(x W), softmax(-x W)), 1e-12)      per head, softmax over the f
+columns
 """
 
 import torch
@@ -24,7 +25,8 @@ def causal_conv(
         x: inputs `[B, T, C]`, T of any size from 1.
         weight: taps `[C, K]`.
         tail: the K - 1 inputs before the first, `[B, C, K - 1]`, or None for zeros.
-        mask: 1 for tokens, 0 for padding, `[B, T]`; padding (left or right) leaves outputs and tail as if absent.
+        mask: 1 for tokens, 0 for padding, `[B, T]`; padding (left or right) leaves outputs and tail
+            as if absent.
 
     Returns:
         Outputs `[B, T, C]` and the last K - 1 valid inputs `[B, C, K - 1]`.

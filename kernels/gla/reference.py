@@ -1,16 +1,17 @@
 """Normalised gated linear attention, three equal forms in plain PyTorch (LAWCAT, arXiv 2509.18467).
 
-Shapes: B batch, T time, H query heads, S state heads (H a multiple of S; query head h reads state head
-h // (H / S)), F features, V value width. Layout `[B, T, heads, width]`.
+Shapes: B batch, T time, H query heads, S state heads (H a multiple of S; query head h reads state
+head h // (H / S)), F features, V value width. Layout `[B, T, heads, width]`.
 
 With alpha_t = exp(g_t) per state row and v+ = [v, 1]:
 
-    S_t = diag(alpha_t) S_{t-1} + k_t v+_t^T          n_t = q_t^T S_t          o_t = n_t[:V] / (n_t[V] + eps)
+    S_t = diag(alpha_t) S_{t-1} + k_t v+_t^T          n_t = q_t^T S_t          o_t = n_t[:V] /
+    (n_t[V] + eps)
 
-The last state column is the decayed sum of keys, so o_t is a weighted mean of values. q and k must be
-non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose mid-chunk anchor
-keeps every factor below e^80; `recurrent_gla` and `parallel_gla` take any g <= 0. For
-chunk rows t >= s and anchor row m, exp(b_t - b_s) = exp(b_t - b_m) exp(b_m - b_s).
+The last state column is the decayed sum of keys, so o_t is a weighted mean of values. q and k must
+be non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose
+mid-chunk anchor keeps every factor below e^80; `recurrent_gla` and `parallel_gla` take any g <= 0.
+For chunk rows t >= s and anchor row m, exp(b_t - b_s) = exp(b_t - b_m) exp(b_m - b_s).
 """
 
 import torch
@@ -62,7 +63,7 @@ def parallel_gla(
     *,
     eps: float = 1e-6,
 ) -> Output:
-    """All pairs of tokens at once: quadratic in T, and free of anchors. Same arguments as `recurrent_gla`."""
+    """All pairs at once, quadratic in T, without anchors; arguments of `recurrent_gla`."""
     values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)  # [B, S, T, V+1]
     b = g.cumsum(dim=1).transpose(1, 2)  # [B, S, T, F]
     keys = k.transpose(1, 2)
@@ -90,7 +91,7 @@ def chunked_gla(
     eps: float = 1e-6,
     chunk: int = 64,
 ) -> Output:
-    """Chunks of at most 64 tokens in turn: linear in T, all matrix products. Same arguments otherwise."""
+    """Chunks of at most 64 tokens in turn: linear in T, all matrix products."""
     values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)
     keys, gates, queries = k.transpose(1, 2), g.transpose(1, 2), _grouped(q, k.shape[2])
     running = _zeros(k, values) if state is None else state

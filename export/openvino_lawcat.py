@@ -1,0 +1,202 @@
+"""Normalised gated linear attention as OpenVINO nodes: a lean step for one token, chunks for more.
+
+An `If` on T chooses between two small bodies without weights:
+
+- step (T = 1): S' = e^g S + k v+^T and o = q S', two products over the state;
+- chunks: with b the cumulative decay inside a chunk, m its value at the middle row and l at the
+      last, q' = q e^(b - m)      k' = k e^(m - b)      P = tril(q' k'^T)      D = e^(l - m) (k'^T
+      v+)
+      S_(n+1) = e^l S_n + D_n                     o_n = P v+ + q' (e^m S_n)
+  everything over all chunks at once except the recurrence over n, a `Loop` of two products. |g| <=
+  2.5 and C <= 64 keep every factor below e^80 (the identity is `kernels/gla/reference.py`'s).
+
+B batch, S state heads, G query heads per state head, N chunks of C tokens, F features, V value
+columns (values, the normaliser, zeros).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset15 as op
+
+from edgekit.models.config import DecoderConfig
+
+__all__ = ["chunk_count", "gated_attention"]
+
+Handle = Any  # an openvino.Output: the package ships no types
+CHUNK = 64
+
+
+def chunk_count(length: Handle) -> Handle:
+    """N = ceil(T / 64) for a length `[1]`; C = ceil(T / N) then wastes fewer than N tokens."""
+    return op.divide(op.add(length, _ints([CHUNK - 1])), _ints([CHUNK])).output(0)
+
+
+def gated_attention(
+    q: Handle, k: Handle, v: Handle, g: Handle, past: Handle, config: DecoderConfig
+) -> tuple[Handle, Handle]:
+    """Add the recurrence to the graph.
+
+    Args:
+        q: features `[B, H, T, F]`.
+        k: features `[B, S, T, F]`, zero on padding.
+        v: values `[B, S, T, d]`.
+        g: log decay `[B, S, T, F]`, zero on padding.
+        past: state `[B, S, F, V]`.
+        config: sizes and eps.
+
+    Returns:
+        The normalised output `[B, T, H * d]` and the state after the call.
+    """
+    values = _with_normaliser(v, config)
+    bodies = [_body(build, config) for build in (_step, _chunks)]
+    time = op.gather(op.shape_of(k), _ints(2), _ints(0))
+    chosen = op.if_op(op.equal(time, _ints(1)).output(0))
+    chosen.set_then_body(bodies[0])
+    chosen.set_else_body(bodies[1])
+    for i, value in enumerate((q, k, values, g, past)):
+        chosen.set_input(value, bodies[0].get_parameters()[i], bodies[1].get_parameters()[i])
+    results = [
+        chosen.set_output(bodies[0].get_results()[i], bodies[1].get_results()[i]) for i in range(2)
+    ]
+    y = _normalised(results[0], config)
+    return y, results[1]
+
+
+def _with_normaliser(v: Handle, config: DecoderConfig) -> Handle:
+    """[v, 1, 0...] up to `value_columns`."""
+    tail = np.zeros((1, 1, 1, config.value_columns - config.head_dim), np.float32)
+    tail[..., 0] = 1.0
+    batch = op.gather(op.shape_of(v), _ints([0, 1, 2]), _ints(0))
+    shape = op.concat([batch, _ints([tail.shape[-1]])], 0)
+    return op.concat([v, op.broadcast(op.constant(tail), shape)], 3).output(0)
+
+
+def _normalised(x: Handle, config: DecoderConfig) -> Handle:
+    """`[B, H, T, V]` divided by its normaliser column, as `[B, T, H * d]`."""
+    d = config.head_dim
+    numerator = op.slice(x, _ints([0]), _ints([d]), _ints([1]), _ints([3]))
+    denominator = op.slice(x, _ints([d]), _ints([d + 1]), _ints([1]), _ints([3]))
+    y = op.divide(numerator, op.add(denominator, _float(config.lawcat.eps)))
+    return op.reshape(op.transpose(y, _ints([0, 2, 1, 3])), _ints([0, 0, -1]), True).output(0)
+
+
+def _body(build: Callable[..., tuple[Handle, Handle]], config: DecoderConfig) -> ov.Model:
+    s, f, columns = config.state_heads, config.state_rows, config.value_columns
+    shapes = {
+        "q": [-1, config.num_heads, -1, f],
+        "k": [-1, s, -1, f],
+        "v": [-1, s, -1, columns],
+        "g": [-1, s, -1, f],
+        "past": [-1, s, f, columns],
+    }
+    inputs = [ov.op.Parameter(ov.Type.f32, ov.PartialShape(shape)) for shape in shapes.values()]
+    for parameter, name in zip(inputs, shapes, strict=True):
+        parameter.set_friendly_name(name)
+    y, after = build(*(parameter.output(0) for parameter in inputs), config)
+    return ov.Model([op.result(y), op.result(after)], inputs)
+
+
+def _step(
+    q: Handle, k: Handle, v: Handle, g: Handle, past: Handle, config: DecoderConfig
+) -> tuple[Handle, Handle]:
+    s, f = config.state_heads, config.state_rows
+    column = _ints([0, s, f, 1])
+    decayed = op.multiply(op.reshape(op.exp(g), column, True), past)
+    after = op.add(decayed, op.multiply(op.reshape(k, column, True), v))
+    grouped = op.reshape(q, _ints([0, s, -1, f]), True)  # [B, S, G, F]: T is 1
+    y = op.matmul(grouped, after, False, False)
+    return op.reshape(y, _ints([0, config.num_heads, 1, -1]), True).output(0), after.output(0)
+
+
+def _chunks(
+    q: Handle, k: Handle, v: Handle, g: Handle, past: Handle, config: DecoderConfig
+) -> tuple[Handle, Handle]:
+    s, groups, f = config.state_heads, config.num_heads // config.state_heads, config.state_rows
+    time = op.gather(op.shape_of(k), _ints([2]), _ints(0))
+    count = chunk_count(time)
+    size = op.divide(time, count)
+    kc, vc, gc = (_split(x, s, count, size) for x in (k, v, g))  # [B, S, N, C, .]
+    causal = _lower_triangle(size)
+    b = op.matmul(op.convert(causal, "f32"), gc, False, False)
+    middle = op.gather(b, op.divide(size, _ints([2])), _ints(3))  # [B, S, N, 1, F]
+    last = op.gather(b, op.subtract(size, _ints([1])), _ints(3))
+    rows = op.concat([_ints([0, 0, groups]), count, size, _ints([f])], 0)
+    qc = op.transpose(  # [B, S, N, G, C, F]
+        op.reshape(_merge_groups(q, s, groups), rows, True), _ints([0, 1, 3, 2, 4, 5])
+    )
+    qc = op.multiply(qc, op.unsqueeze(op.exp(op.subtract(b, middle)), _ints([3])))
+    kc = op.multiply(kc, op.exp(op.subtract(middle, b)))
+    keys = op.unsqueeze(kc, _ints([3]))
+    weights = op.select(causal, op.matmul(qc, keys, False, True), _float(0.0))
+    within = op.matmul(weights, op.unsqueeze(vc, _ints([3])), False, False)
+    added = op.multiply(
+        _column(op.exp(op.subtract(last, middle))), op.matmul(kc, vc, True, False)
+    )  # [B, S, N, F, V]
+    entering, after = _scan(_column(op.exp(last)), added.output(0), past, config)
+    anchored = op.unsqueeze(op.multiply(_column(op.exp(middle)), entering), _ints([3]))
+    y = op.add(within, op.matmul(qc, anchored, False, False))  # [B, S, N, G, C, V]
+    y = op.transpose(y, _ints([0, 1, 3, 2, 4, 5]))
+    shape = op.concat([_ints([0, config.num_heads]), time, _ints([config.value_columns])], 0)
+    return op.reshape(y, shape, True).output(0), after
+
+
+def _merge_groups(q: Handle, s: int, groups: int) -> Handle:
+    """`[B, H, T, F]` seen as `[B, S, G, T, F]` (same memory)."""
+    shape = op.shape_of(q)
+    rest = op.gather(shape, _ints([2, 3]), _ints(0))
+    return op.reshape(q, op.concat([_ints([0, s, groups]), rest], 0), True).output(0)
+
+
+def _split(x: Handle, heads: int, count: Handle, size: Handle) -> Handle:
+    """`[B, heads, T, W]` to `[B, heads, N, C, W]` (same memory)."""
+    return op.reshape(x, op.concat([_ints([0, heads]), count, size, _ints([-1])], 0), True).output(
+        0
+    )
+
+
+def _lower_triangle(size: Handle) -> Handle:
+    steps = op.range(_ints(0), op.squeeze(size, _ints([0])), _ints(1), "i64")
+    return op.less_equal(op.unsqueeze(steps, _ints([0])), op.unsqueeze(steps, _ints([1]))).output(0)
+
+
+def _column(x: ov.Node) -> Handle:
+    """`[B, S, N, 1, F]` to `[B, S, N, F, 1]`."""
+    return op.transpose(x, _ints([0, 1, 2, 4, 3])).output(0)
+
+
+def _scan(
+    decay: Handle, added: Handle, past: Handle, config: DecoderConfig
+) -> tuple[Handle, Handle]:
+    """States entering each chunk `[B, S, N, F, V]` and after the last `[B, S, F, V]`."""
+    s, f, columns = config.state_heads, config.state_rows, config.value_columns
+    state, delta, scale = (
+        ov.op.Parameter(ov.Type.f32, ov.PartialShape([-1, s, 1, f, width]))
+        for width in (columns, columns, 1)
+    )
+    following = op.add(op.multiply(scale, state), delta)
+    keep_going = op.constant(np.array(True))
+    body = ov.Model(
+        [op.result(following), op.result(state), op.result(keep_going)], [state, delta, scale]
+    )
+    count = op.gather(op.shape_of(added), _ints(2), _ints(0))
+    loop = op.loop(count, op.constant(np.array(True)))
+    loop.set_function(body)
+    loop.set_special_body_ports([-1, 2])
+    next_result, entering_result, _ = body.get_results()
+    loop.set_merged_input(state, op.unsqueeze(past, _ints([2])).output(0), next_result.output(0))
+    loop.set_sliced_input(delta, added, 0, 1, 1, -1, 2)
+    loop.set_sliced_input(scale, decay, 0, 1, 1, -1, 2)
+    after = loop.get_iter_value(next_result.output(0), -1)
+    entering = loop.get_concatenated_slices(entering_result.output(0), 0, 1, 1, -1, 2)
+    return entering, op.squeeze(after, _ints([2])).output(0)
+
+
+def _ints(value: int | list[int]) -> Handle:
+    return op.constant(np.array(value, dtype=np.int64)).output(0)
+
+
+def _float(value: float) -> Handle:
+    return op.constant(np.array(value, dtype=np.float32)).output(0)

@@ -1,0 +1,344 @@
+"""`convert`: a model source in, a verified bundle out, whole or not at all."""
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import __version__, targets
+from edgekit.bundle import (
+    ENGINE_FILES,
+    FORMAT_VERSION,
+    Manifest,
+    ModelFacts,
+    describe_files,
+    staged,
+    write_manifest,
+)
+from edgekit.config import dump
+from edgekit.errors import UsageError
+from edgekit.export import text_files
+from edgekit.export.states import input_names, state_records
+from edgekit.export.verify import BOUNDS, Verification, verification_tokens, verify_engine
+from edgekit.mixers.base import mixer_type
+from edgekit.models.config import DecoderConfig
+from edgekit.models.decoder import with_fresh_mixers
+from edgekit.models.weights import WeightStore
+from edgekit.sources import Source, open_source
+
+__all__ = ["ConvertReport", "convert"]
+
+Progress = Callable[[str, int, int], None]
+WEIGHTS = ("fp32", "fp16", "int8", "int4")
+FORMATS = ("openvino", "onnx")
+ONNX_OPS = ("contrib", "portable")
+PACKAGES = (
+    "torch",
+    "openvino",
+    "openvino-tokenizers",
+    "nncf",
+    "onnx",
+    "onnxruntime",
+    "transformers",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertReport:
+    """What `convert` did.
+
+    Attributes:
+        out: the bundle.
+        seconds: wall time, verification included.
+        peak_rss_bytes: highest resident memory of this process so far.
+        write_peak_rss_bytes: the same before verification began.
+        model_bytes: size of each engine's graph and weights.
+        verification: how far each engine is from PyTorch; empty if it was not asked for.
+        notes: what the user should know.
+    """
+
+    out: Path
+    seconds: float
+    peak_rss_bytes: int
+    write_peak_rss_bytes: int
+    model_bytes: dict[str, int]
+    verification: dict[str, Verification]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """The checked arguments of one conversion."""
+
+    source: Source
+    config: DecoderConfig
+    weights: WeightStore
+    weights_format: str
+    group_size: int
+    formats: tuple[str, ...]
+    onnx_ops: str
+    target: str
+    calibration: Path | None
+
+    def steps(self, verify: bool) -> list[str]:
+        """What the progress bar counts."""
+        writing = [f"write {engine}" for engine in self.formats]
+        checking = [f"verify {engine}" for engine in self.formats] if verify else []
+        return ["tokenizer", *writing, *checking, "checksums"]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mixer: str = "softmax",
+    state_sharing: str = "q_head",
+    softmax_layers: Sequence[int] = (),
+    weights: str | None = None,
+    formats: Sequence[str] = FORMATS,
+    target: str = "auto",
+    onnx_ops: str = "contrib",
+    calibration: str | Path | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert a model into a bundle for the device.
+
+    Args:
+        source: a Hugging Face directory or Hub id, a `.gguf` file, or `smollm2-135m-instruct`.
+        out: the bundle directory to make.
+        mixer: token mixer of every layer but `softmax_layers`.
+        state_sharing: for `lawcat`, `q_head` or `kv_head`.
+        softmax_layers: layers that keep softmax attention.
+        weights: `fp32`, `fp16`, `int8` or `int4`; None takes the target's.
+        formats: engines to write for, `openvino` and `onnx`.
+        target: device profile, or `auto`.
+        onnx_ops: `contrib` for ONNX Runtime's fused operators, `portable` for standard ones only.
+        calibration: text file for data-aware int4 of the OpenVINO graph.
+        verify: compare both engines with PyTorch, and fail above the bounds of `verify.BOUNDS`.
+        force: replace an existing bundle at `out`.
+        progress: called with the step's name, its number and the count of steps.
+
+    Returns:
+        What was written, how long it took, and how close it is.
+
+    Raises:
+        UsageError: for an argument that is not allowed.
+        SourceError: if the source cannot be read or is not supported.
+        BundleError: if `out` exists or cannot be written.
+        VerificationError: if the bundle differs too much; nothing is left at `out`.
+
+    Example:
+        >>> from edgekit import convert
+        >>> convert("smollm2-135m-instruct", "out", weights="int4")  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    _check_choices(weights, formats, onnx_ops, state_sharing)
+    with staged(out, force=force) as work:
+        plan = _plan(
+            open_source(source), mixer, state_sharing, softmax_layers, weights, formats, target,
+            onnx_ops, calibration,
+        )  # fmt: skip
+        tell = _teller(plan.steps(verify), progress)
+        manifest = _write(plan, work, tell)
+        write_peak = _peak_rss()
+        results = _verify(plan, work, tell) if verify else {}
+        tell("checksums")
+        write_manifest(work, replace(manifest, verification=dump(results)))
+        sizes = {e: _model_bytes(work, e) for e in plan.formats}
+    return ConvertReport(
+        out=Path(out),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=_peak_rss(),
+        write_peak_rss_bytes=write_peak,
+        model_bytes=sizes,
+        verification=results,
+        notes=plan.source.notes,
+    )
+
+
+def _check_choices(
+    weights: str | None, formats: Sequence[str], onnx_ops: str, state_sharing: str
+) -> None:
+    given = [("weights", weights, (None, *WEIGHTS)), ("onnx_ops", onnx_ops, ONNX_OPS)]
+    given += [("format", name, FORMATS) for name in formats]
+    given += [("state_sharing", state_sharing, ("q_head", "kv_head"))]
+    for name, value, allowed in given:
+        if value not in allowed:
+            known = ", ".join(str(a) for a in allowed if a)
+            raise UsageError(f"{name} {value!r} given; allowed: {known}")
+    if not formats:
+        raise UsageError(f"no format given; allowed: {', '.join(FORMATS)}")
+
+
+def _plan(
+    source: Source,
+    mixer: str,
+    state_sharing: str,
+    softmax_layers: Sequence[int],
+    weights: str | None,
+    formats: Sequence[str],
+    target: str,
+    onnx_ops: str,
+    calibration: str | Path | None,
+) -> _Plan:
+    profile = targets.load(targets.detect() if target == "auto" else target)
+    mixer_type(mixer)
+    layers = source.config.num_layers
+    outside = [i for i in softmax_layers if not 0 <= i < layers]
+    if outside:
+        raise UsageError(f"softmax layer {outside[0]} given; allowed: 0 to {layers - 1}")
+    mixers = tuple("softmax" if i in softmax_layers else mixer for i in range(layers))
+    lawcat = replace(source.config.lawcat, state_sharing=state_sharing)  # type: ignore[arg-type]
+    config = source.config.with_mixers(mixers, lawcat)
+    chosen = weights or profile.weights
+    if calibration and (chosen != "int4" or "openvino" not in formats):
+        raise UsageError("a calibration text serves int4 weights of the openvino format only")
+    return _Plan(
+        source=source,
+        config=config,
+        weights=with_fresh_mixers(config, source.weights),
+        weights_format=chosen,
+        group_size=profile.group_size,
+        formats=tuple(dict.fromkeys(formats)),
+        onnx_ops=onnx_ops,
+        target=profile.name,
+        calibration=Path(calibration) if calibration else None,
+    )
+
+
+def _teller(steps: list[str], progress: Progress | None) -> Callable[[str], None]:
+    def tell(step: str) -> None:
+        if progress is not None:
+            progress(step, steps.index(step), len(steps))
+
+    return tell
+
+
+def _write(plan: _Plan, work: Path, tell: Callable[[str], None]) -> Manifest:
+    tell("tokenizer")
+    text_files.write_configs(plan.source, plan.config, work)
+    text_files.write_tokenizer(plan.source, work)
+    for engine in plan.formats:
+        tell(f"write {engine}")
+        (_write_openvino if engine == "openvino" else _write_onnx)(plan, work)
+    manifest = _manifest(plan, work)
+    write_manifest(work, manifest)
+    return manifest
+
+
+def _write_openvino(plan: _Plan, work: Path) -> None:
+    from edgekit.export.openvino_file import write_openvino
+
+    text_files.write_tokenizer_ir(work)
+    write_openvino(
+        plan.config,
+        plan.weights,
+        work,
+        weights_format=plan.weights_format,
+        group_size=plan.group_size,
+        calibration=_calibration_tokens(plan, work),
+    )
+
+
+def _calibration_tokens(plan: _Plan, work: Path) -> np.ndarray | None:
+    if plan.calibration is None:
+        return None
+    if not plan.calibration.is_file():
+        raise UsageError(f"calibration text {plan.calibration} does not exist; give a text file")
+    ids = _encoder(work)(plan.calibration.read_text(encoding="utf-8"))
+    if not ids:
+        raise UsageError(f"calibration text {plan.calibration} is empty; give some paragraphs")
+    return np.array(ids, dtype=np.int64)
+
+
+def _write_onnx(plan: _Plan, work: Path) -> None:
+    from edgekit.export.to_onnx import write_onnx
+
+    write_onnx(
+        plan.config, plan.weights, work, weights_format=plan.weights_format, ops=plan.onnx_ops
+    )
+
+
+def _verify(plan: _Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Verification]:
+    context = plan.config.context_length if "softmax" in plan.config.mixers else None
+    ids = verification_tokens(_encoder(work), context)
+    results = {}
+    for engine in plan.formats:
+        tell(f"verify {engine}")
+        bounds = BOUNDS[plan.weights_format]
+        results[engine] = verify_engine(work, engine, ids, plan.config, plan.weights, bounds)
+    return results
+
+
+def _encoder(work: Path) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _manifest(plan: _Plan, work: Path) -> Manifest:
+    config = plan.config
+    facts = ModelFacts(
+        family=config.family,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        context_length=config.context_length if "softmax" in config.mixers else None,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=config.eos_token_ids,
+        pad_token_id=config.pad_token_id,
+        inputs=input_names(config),
+    )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        source=plan.source.identity,
+        model=facts,
+        mixers=config.mixers,
+        states=state_records(config),
+        weights=plan.weights_format,
+        engines=plan.formats,
+        target=plan.target,
+        pipeline=_pipeline(plan),
+        versions=_versions(),
+        files=describe_files(work),
+    )
+
+
+def _pipeline(plan: _Plan) -> tuple[dict[str, Any], ...]:
+    steps: list[dict[str, Any]] = [{"step": "load", "notes": list(plan.source.notes)}]
+    if "lawcat" in plan.config.mixers:
+        steps.append({"step": "mixers", "trained": False, "lawcat": dump(plan.config.lawcat)})
+    quantise = {"step": "weights", "format": plan.weights_format, "group_size": plan.group_size}
+    if plan.calibration is not None:
+        quantise["calibration"] = plan.calibration.name
+    steps.append(quantise)
+    if "onnx" in plan.formats:
+        steps.append({"step": "onnx", "ops": plan.onnx_ops})
+    return tuple(steps)
+
+
+def _versions() -> dict[str, str]:
+    found = {"edgekit": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _model_bytes(work: Path, engine: str) -> int:
+    files = (work / name for name in ENGINE_FILES[engine])
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,80 @@
+"""The tokenizer and configuration files of a bundle, which four runtimes read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from edgekit.config import dump
+from edgekit.errors import SourceError
+from edgekit.models.config import DecoderConfig
+from edgekit.sources import Source
+
+__all__ = ["write_configs", "write_tokenizer", "write_tokenizer_ir"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def write_tokenizer(source: Source, out: Path) -> None:
+    """Copy the tokenizer's files; one without `tokenizer.json` is converted by transformers.
+
+    Raises:
+        SourceError: if the source has no tokenizer at all.
+    """
+    if not (source.directory / "tokenizer.json").is_file():
+        _load_tokenizer(source.directory).save_pretrained(out)
+        return
+    for name in TOKENIZER_FILES:
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, out / name)
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as cause:
+        raise SourceError(
+            f"{directory}: no usable tokenizer ({cause}); add tokenizer.json"
+        ) from cause
+
+
+def write_tokenizer_ir(out: Path) -> None:
+    """Write `openvino_tokenizer.xml` and `openvino_detokenizer.xml` from the tokenizer in `out`."""
+    import openvino as ov
+    from openvino_tokenizers import convert_tokenizer
+
+    models = convert_tokenizer(_load_tokenizer(out), with_detokenizer=True)
+    for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
+        ov.save_model(model, out / f"openvino_{name}.xml")
+
+
+def write_configs(source: Source, config: DecoderConfig, out: Path) -> None:
+    """Write `config.json` with an `edgekit` block, and `generation_config.json`.
+
+    The base `model_type` stays, so that Optimum and OpenVINO GenAI load the bundle as they load its
+    teacher.
+    """
+    foreign = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
+    foreign["edgekit"] = {"decoder": dump(config)}
+    _write_json(out / "config.json", foreign)
+    generation = source.directory / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, out / generation.name)
+        return
+    tokens = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    _write_json(out / generation.name, {k: v for k, v in tokens.items() if v not in (None, [])})
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,385 @@
+"""The decoder as one stateful OpenVINO IR: a dynamic-T graph that serves prefill and decode alike.
+
+Recurrent layers work on time padded on the right to N chunks of C <= 64 tokens, so that no layer
+has to pad for itself; see `export/openvino_lawcat.py` for their body. Weights stay memory-mapped
+until written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset15 as op
+
+from edgekit.export.openvino_lawcat import chunk_count, gated_attention
+from edgekit.models.config import DecoderConfig
+from edgekit.models.describe import describe_decoder
+from edgekit.models.rope import inverse_frequencies
+from edgekit.models.weights import WeightStore
+
+__all__ = ["build_openvino"]
+
+Handle = Any  # an openvino.Output: the package ships no types
+LAST_POSITION = "last_position"  # the runtime bypasses this node when all logits are wanted
+MASKED = float(np.finfo(np.float32).min)
+
+
+def build_openvino(config: DecoderConfig, weights: WeightStore, *, half: bool = False) -> ov.Model:
+    """Build the stateful model of a decoder.
+
+    Args:
+        config: the decoder, with a mixer per layer.
+        weights: its tensors; they are referenced, not copied.
+        half: hold the large matrices in 16 bits (sources of 16 bits stay as they are).
+
+    Returns:
+        A model with inputs `input_ids`, `attention_mask`, `beam_idx` (and `position_ids` where
+        needed), output `logits`, and one variable per state.
+    """
+    graph = OpenVinoGraph(config, weights, half=half)
+    describe_decoder(graph, config)
+    return graph.finish()
+
+
+@dataclass(slots=True)
+class _Time:
+    """Nodes that know the batch and how long this call is, each `[1]`."""
+
+    batch: Handle
+    length: Handle
+    padding: Handle
+
+
+class OpenVinoGraph:
+    """`mixers.graph.Graph` over OpenVINO nodes; handles are `[B, T', width]` outputs."""
+
+    def __init__(self, config: DecoderConfig, weights: WeightStore, *, half: bool = False) -> None:
+        """Create the inputs and everything that all layers share."""
+        self._config, self._weights, self._half = config, weights, half
+        self._sinks: list[ov.Node] = []
+        self._tensors: list[torch.Tensor] = []  # owners of the memory that constants point into
+        self._matrices: dict[str, Handle] = {}
+        self._recurrent = any(mixer != "softmax" for mixer in config.mixers)
+        names = ["input_ids", "attention_mask"] + ["position_ids"] * config.needs_positions
+        self._inputs = {name: _parameter(name, [-1, -1], ov.Type.i64) for name in names}
+        self._inputs["beam_idx"] = _parameter("beam_idx", [-1], ov.Type.i32)
+        self._logits: Handle | None = None
+
+    def finish(self) -> ov.Model:
+        """The finished model; call once, after `logits`."""
+        assert self._logits is not None
+        result = op.result(self._logits)
+        result.set_friendly_name("logits")
+        result.get_output_tensor(0).set_names({"logits"})
+        model = ov.Model([result], self._sinks, list(self._inputs.values()), self._config.family)
+        model.validate_nodes_and_infer_types()
+        model.edgekit_owners = self._tensors
+        return model
+
+    # Shared values
+
+    @cached_property
+    def _time(self) -> _Time:
+        shape = op.shape_of(self._inputs["input_ids"])
+        batch, length = _at(shape, 0), _at(shape, 1)
+        chunks = chunk_count(length)
+        chunk = op.divide(op.subtract(op.add(length, chunks), _ints([1])), chunks)
+        return _Time(batch, length, op.subtract(op.multiply(chunk, chunks), length))
+
+    def _pad_time(self, x: Handle, axis: int) -> Handle:
+        """Append the padding of `_Time` to `axis`, zero-filled."""
+        zero, rank = _ints([0]), x.get_partial_shape().rank.get_length()
+        ends = [zero] * rank
+        ends[axis] = self._time.padding
+        fill = op.constant(0, dtype=x.get_element_type().to_dtype())
+        return op.pad(x, _ints([0] * rank), op.concat(ends, 0), "constant", fill).output(0)
+
+    @cached_property
+    def _recent_mask(self) -> Handle:
+        """1 for tokens, 0 for padding on either side, fp32 `[B, T', 1]`."""
+        start = op.negative(self._time.length)
+        recent = _slice(self._inputs["attention_mask"].output(0), start, None, 1)
+        mask = self._pad_time(op.convert(recent, "f32").output(0), 1)
+        return op.unsqueeze(mask, _ints([2])).output(0)
+
+    @cached_property
+    def _rotation(self) -> tuple[Handle, Handle]:
+        """Cosines and sines `[B, 1, T', d]`, each half twice."""
+        positions = op.convert(op.unsqueeze(self._inputs["position_ids"], _ints([1, 3])), "f32")
+        frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
+        angles = op.multiply(positions, self._constant(frequencies[None, None, None])).output(0)
+        if self._recurrent:
+            angles = self._pad_time(angles, 2)
+        return op.cos(angles).output(0), op.sin(angles).output(0)
+
+    @cached_property
+    def _visible(self) -> Handle:
+        """The additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
+        given = self._inputs["attention_mask"]
+        total = _at(op.shape_of(given), 1)
+        columns = op.range(_scalar(0), _squeezed(total), _scalar(1), "i64")
+        first = op.subtract(total, self._time.length)
+        rows = op.range(_squeezed(first), _squeezed(total), _scalar(1), "i64")
+        rows = op.unsqueeze(rows, _ints([1]))
+        causal = op.less_equal(op.unsqueeze(columns, _ints([0])), rows)
+        itself = op.equal(op.unsqueeze(columns, _ints([0])), rows)
+        tokens = op.convert(op.unsqueeze(given, _ints([1, 2])), "boolean")
+        allowed = op.logical_or(op.logical_and(causal, tokens), itself)
+        return op.select(allowed, _float(0.0), _float(MASKED)).output(0)
+
+    # Weights
+
+    def _constant(self, tensor: torch.Tensor) -> Handle:
+        """A constant over the tensor's own memory, widened to fp32 in the graph."""
+        tensor = tensor.detach().contiguous()
+        self._tensors.append(tensor)
+        if tensor.dtype == torch.bfloat16:
+            raw = ov.Tensor(tensor.view(torch.uint16).numpy(), list(tensor.shape), ov.Type.bf16)
+            constant = ov.op.Constant(raw, shared_memory=True)
+        else:
+            constant = ov.op.Constant(tensor.numpy(), shared_memory=True)
+        if tensor.dtype == torch.float32:
+            return constant.output(0)
+        return op.convert(constant, "f32").output(0)
+
+    def _weight(self, name: str) -> Handle:
+        """A small tensor at full precision."""
+        return self._named_constant(self._weights.tensor(name), name)
+
+    def _matrix(self, name: str) -> Handle:
+        """A large matrix, in the storage format asked for; made once however often it is used."""
+        if name not in self._matrices:
+            tensor = self._weights.tensor(name)
+            narrow = self._half and tensor.dtype == torch.float32
+            self._matrices[name] = self._named_constant(tensor.half() if narrow else tensor, name)
+        return self._matrices[name]
+
+    def _named_constant(self, tensor: torch.Tensor, name: str) -> Handle:
+        handle = self._constant(tensor)
+        node = handle.get_node()
+        constant = node if node.get_type_name() == "Constant" else node.input_value(0).get_node()
+        constant.set_friendly_name(name)
+        return handle
+
+    # The vocabulary of mixers.graph.Graph
+
+    def embed(self, name: str) -> Handle:
+        """Gather of the table's rows."""
+        ids = self._inputs["input_ids"].output(0)
+        if self._recurrent:
+            ids = self._pad_time(ids, 1)
+        return _named(op.gather(self._matrix(f"{name}.weight"), ids, _ints(0)), name)
+
+    def add(self, x: Handle, y: Handle) -> Handle:
+        """Elementwise sum."""
+        return op.add(x, y).output(0)
+
+    def rms_norm(self, x: Handle, name: str) -> Handle:
+        """In the form that the CPU plug-in fuses into one node."""
+        mean = op.reduce_mean(op.power(x, _float(2.0)), _ints([-1]), True)
+        inverse = op.divide(_float(1.0), op.sqrt(op.add(mean, _float(self._config.rms_norm_eps))))
+        return _named(op.multiply(self._weight(f"{name}.weight"), op.multiply(x, inverse)), name)
+
+    def head_norm(self, x: Handle, name: str) -> Handle:
+        """The same on the last axis of `[B, T', heads, d]`."""
+        split = op.reshape(x, _ints([0, 0, -1, self._config.head_dim]), True).output(0)
+        return op.reshape(self.rms_norm(split, name), _ints([0, 0, -1]), True).output(0)
+
+    def linears(self, x: Handle, names: Sequence[str]) -> list[Handle]:
+        """One MatMul each, under its own name: run-time LoRA looks for it."""
+        return [self._linear(x, name, self._matrix(f"{name}.weight")) for name in names]
+
+    def dense(self, x: Handle, name: str) -> Handle:
+        """The same with a weight that keeps full precision."""
+        return self._linear(x, name, self._weight(f"{name}.weight"))
+
+    def _linear(self, x: Handle, name: str, weight: Handle) -> Handle:
+        y = _named(op.matmul(x, weight, False, True), name)
+        if f"{name}.bias" not in self._weights:
+            return y
+        return _named(op.add(y, self._weight(f"{name}.bias")), f"{name}.bias_add")
+
+    def swiglu(self, gate: Handle, up: Handle) -> Handle:
+        """Swish, then product."""
+        return op.multiply(op.swish(gate), up).output(0)
+
+    def rope(self, x: Handle) -> Handle:
+        """X cos + rotate_half(x) sin on `[B, heads, T', d]`, the form that the plug-in fuses."""
+        d = self._config.head_dim
+        heads = self._heads(x, d)
+        low = _slice(heads, _ints([0]), _ints([d // 2]), 3)
+        high = _slice(heads, _ints([d // 2]), _ints([d]), 3)
+        turned = op.concat([op.multiply(high, _float(-1.0)), low], 3)
+        cos, sin = self._rotation
+        return self._joined(op.add(op.multiply(heads, cos), op.multiply(turned, sin)).output(0))
+
+    def repeat_heads(self, x: Handle, head_width: int, times: int) -> Handle:
+        """Broadcast along an axis beside the heads."""
+        split = op.reshape(x, _ints([0, 0, -1, 1, head_width]), True)
+        copies = op.concat([split] * times, 3)
+        return op.reshape(copies, _ints([0, 0, -1]), True).output(0)
+
+    def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
+        """Attention over stateful keys and values, in the form that the plug-in fuses."""
+        config = self._config
+        q, k, v = (self._heads(self._unpadded(x), config.head_dim) for x in (q, k, v))
+        name = f"past_key_values.{layer}"
+        keys = self._grown(k, f"{name}.key")
+        values = self._grown(v, f"{name}.value")
+        y = op.scaled_dot_product_attention(q, keys, values, self._visible)
+        joined = self._joined(_named(y, f"model.layers.{layer}.self_attn.attention"))
+        return self._pad_time(joined, 1) if self._recurrent else joined
+
+    def causal_conv(
+        self, q: Handle, k: Handle, q_name: str, k_name: str, layer: int
+    ) -> tuple[Handle, Handle]:
+        """One depthwise GroupConvolution over [state, input]."""
+        config = self._config
+        taps = torch.cat([self._weights.tensor(f"{n}.weight").float() for n in (q_name, k_name)])
+        channels, size = taps.shape
+        x = op.multiply(op.concat([q, k], 2), self._recent_mask)
+        past = self._state(f"cache_params.past.conv.{layer}", [channels, size - 1])
+        joined = op.concat([past, op.transpose(x, _ints([0, 2, 1]))], 2).output(0)
+        end = op.add(self._time.length, _ints([size - 1]))
+        self._assign(_slice(joined, self._time.length, end, 2), f"cache_params.past.conv.{layer}")
+        kernel = self._constant(taps[:, None, None].contiguous())
+        y = op.group_convolution(joined, kernel, [1], [0], [0], [1]).output(0)
+        y = op.transpose(y, _ints([0, 2, 1])).output(0)
+        split = op.variadic_split(
+            y,
+            _ints(2),
+            _ints([config.num_heads * config.head_dim, config.state_heads * config.head_dim]),
+        )
+        return split.output(0), split.output(1)
+
+    def feature_map(self, q: Handle, k: Handle, name: str) -> tuple[Handle, Handle]:
+        """U and -u from one product with [W, -W], then one softmax over each half."""
+        config = self._config
+        weight = self._weights.tensor(f"{name}.weight").float()
+        both = torch.cat((weight, -weight), dim=2)
+        per_query = both.repeat_interleave(config.num_heads // config.state_heads, dim=0)
+        return self._features(q, per_query, name), self._features(k, both, name)
+
+    def _features(self, x: Handle, weight: torch.Tensor, name: str) -> Handle:
+        u = _named(
+            op.matmul(self._heads(x, weight.shape[1]), self._constant(weight), False, False), name
+        )
+        halves = op.reshape(u, _ints([0, 0, 0, 2, -1]), True)
+        positive = op.maximum(op.softmax(halves, 4), _float(1e-12))
+        return op.reshape(positive, _ints([0, 0, 0, -1]), True).output(0)
+
+    def log_decay(self, x: Handle, down_name: str, up_name: str) -> Handle:
+        """logsigmoid(a) = -softplus(-a)."""
+        options = self._config.lawcat
+        a = self.dense(self.dense(x, down_name), up_name)
+        log_sigmoid = op.multiply(op.softplus(op.negative(a)), _float(-1.0 / options.gate_divisor))
+        return op.maximum(log_sigmoid, _float(options.gate_floor)).output(0)
+
+    def linear_attention(self, q: Handle, k: Handle, v: Handle, g: Handle, layer: int) -> Handle:
+        """The recurrence; features come as `[B, heads, T', F]`, v and g as `[B, T', width]`."""
+        config = self._config
+        mask = op.unsqueeze(self._recent_mask, _ints([1]))
+        k = op.multiply(k, mask).output(0)
+        g = op.multiply(self._heads(g, config.state_rows), mask).output(0)
+        name = f"cache_params.past.ssm.{layer}"
+        past = self._state(name, [config.state_heads, config.state_rows, config.value_columns])
+        y, after = gated_attention(q, k, self._heads(v, config.head_dim), g, past, config)
+        self._assign(after, name)
+        return y
+
+    def logits(self, x: Handle, name: str) -> None:
+        """The head over the last position."""
+        length = self._time.length
+        last = op.slice(x, op.subtract(length, _ints([1])), length, _ints([1]), _ints([1]))
+        last.set_friendly_name(LAST_POSITION)
+        table = self._matrix(f"{name}.weight")
+        self._logits = _named(op.matmul(last, table, False, True), "lm_head")
+
+    # Layout and state
+
+    def _heads(self, x: Handle, width: int) -> Handle:
+        """`[B, T, heads * width]` to `[B, heads, T, width]`."""
+        split = op.reshape(x, _ints([0, 0, -1, width]), True)
+        return op.transpose(split, _ints([0, 2, 1, 3])).output(0)
+
+    def _joined(self, x: Handle) -> Handle:
+        """`[B, heads, T, width]` to `[B, T, heads * width]`."""
+        return op.reshape(op.transpose(x, _ints([0, 2, 1, 3])), _ints([0, 0, -1]), True).output(0)
+
+    def _unpadded(self, x: Handle) -> Handle:
+        return _slice(x, _ints([0]), self._time.length, 1) if self._recurrent else x
+
+    def _state(self, name: str, shape: Sequence[int]) -> Handle:
+        """Variable `name [B, *shape]`, zero at first, reordered by `beam_idx`; -1 grows."""
+        start = [max(size, 0) for size in shape]
+        initial = op.broadcast(_float(0.0), op.concat([self._time.batch, _ints(start)], 0))
+        read = op.read_value(initial, name, ov.Type.f32, ov.PartialShape([-1, *shape]))
+        read.set_friendly_name(name)
+        return op.gather(read, self._inputs["beam_idx"], _ints(0)).output(0)
+
+    def _assign(self, value: Handle, name: str) -> None:
+        node = value.get_node()
+        if node.get_output_size() > 1:  # an Assign takes a node, so a single output
+            node = op.reshape(value, op.shape_of(value), False)
+        self._sinks.append(op.assign(node, name))
+
+    def _grown(self, x: Handle, name: str) -> Handle:
+        """Keys or values so far, `[B, Hkv, S, d]`, repeated to the query heads `[B, H, S, d]`."""
+        config = self._config
+        past = self._state(name, [config.num_kv_heads, -1, config.head_dim])
+        grown = op.concat([past, x], 2)
+        self._assign(grown.output(0), name)
+        if config.groups == 1:
+            return grown.output(0)
+        apart = op.unsqueeze(grown, _ints([2]))
+        total = _at(op.shape_of(grown), 2)
+        sizes = [
+            self._time.batch,
+            _ints([config.num_kv_heads, config.groups]),
+            total,
+            _ints([config.head_dim]),
+        ]
+        copies = op.broadcast(apart, op.concat(sizes, 0), broadcast_spec="BIDIRECTIONAL")
+        return op.reshape(copies, _ints([0, config.num_heads, -1, config.head_dim]), True).output(0)
+
+
+def _parameter(name: str, shape: Sequence[int], kind: ov.Type) -> ov.op.Parameter:
+    parameter = ov.op.Parameter(kind, ov.PartialShape(list(shape)))
+    parameter.set_friendly_name(name)
+    parameter.get_output_tensor(0).set_names({name})
+    return parameter
+
+
+def _named(node: ov.Node, name: str) -> Handle:
+    node.set_friendly_name(name)
+    return node.output(0)
+
+
+def _ints(value: int | Sequence[int]) -> Handle:
+    return op.constant(np.array(value, dtype=np.int64)).output(0)
+
+
+def _scalar(value: int) -> Handle:
+    return _ints(value)
+
+
+def _float(value: float) -> Handle:
+    return op.constant(np.array(value, dtype=np.float32)).output(0)
+
+
+def _at(shape: ov.Node, index: int) -> Handle:
+    """One entry of a shape, as `[1]`."""
+    return op.gather(shape, _ints([index]), _ints(0)).output(0)
+
+
+def _squeezed(x: Handle) -> Handle:
+    return op.squeeze(x, _ints([0])).output(0)
+
+
+def _slice(x: Handle, start: Handle, stop: Handle | None, axis: int) -> Handle:
+    end = _ints([np.iinfo(np.int64).max]) if stop is None else stop
+    return op.slice(x, start, end, _ints([1]), _ints([axis])).output(0)

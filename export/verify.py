@@ -1,0 +1,170 @@
+"""Does the bundle say what the model says? Both engines against PyTorch, on real text.
+
+Each engine reads 512 tokens of `verification.txt` (from Jane Austen's Emma, public domain) and then
+writes 32 greedy tokens through the very runtime that a user has. One streamed pass of the torch
+reference over text and continuation gives the logits to compare with; a token is "equal" where the
+reference would have chosen it too, so 32 of 32 means that the greedy continuations are identical.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgekit import runtime
+from edgekit.errors import SourceError, VerificationError
+from edgekit.models.config import DecoderConfig
+from edgekit.models.decoder import streamed_logits
+from edgekit.models.weights import WeightStore
+
+__all__ = ["BOUNDS", "Bounds", "Verification", "verification_tokens", "verify_engine"]
+
+PROMPT_TOKENS = 512
+DECODE_STEPS = 32
+SLICE = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What an export may differ by; None is not bounded.
+
+    Attributes:
+        max_abs: largest difference of any logit.
+        kl: mean Kullback-Leibler divergence from the reference, nats per token.
+    """
+
+    max_abs: float | None = None
+    kl: float | None = None
+
+
+BOUNDS = {
+    "fp32": Bounds(max_abs=1e-3),
+    "fp16": Bounds(kl=1e-3),
+    "int8": Bounds(kl=0.05),
+    "int4": Bounds(kl=0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """How far one engine's logits are from the reference.
+
+    Attributes:
+        engine: which engine ran.
+        prompt_tokens: positions compared in prefill.
+        decode_steps: positions compared in single-token decode.
+        max_abs: largest |difference| of any logit at any position.
+        mean_abs: mean |difference|.
+        kl: mean KL(reference || bundle), nats per token.
+        argmax_agreement: share of positions with the same most likely token.
+        greedy_equal: greedy tokens, of `decode_steps`, that the reference would have chosen too.
+    """
+
+    engine: str
+    prompt_tokens: int
+    decode_steps: int
+    max_abs: float
+    mean_abs: float
+    kl: float
+    argmax_agreement: float
+    greedy_equal: int
+
+
+def verification_tokens(encode: Callable[[str], list[int]], limit: int | None) -> np.ndarray:
+    """The prompt's token ids `[T]`, at most 512 and leaving room for the continuation.
+
+    Raises:
+        SourceError: if the model's context cannot hold even a few tokens.
+    """
+    text = resources.files("edgekit.export").joinpath("verification.txt").read_text("utf-8")
+    room = PROMPT_TOKENS if limit is None else min(PROMPT_TOKENS, limit - DECODE_STEPS - 1)
+    if room < 1:
+        raise SourceError(f"context of {limit} tokens is too short to verify; use --no-verify")
+    ids = np.array(encode(text), dtype=np.int64)
+    return np.resize(ids, room)
+
+
+def verify_engine(
+    bundle: Path,
+    engine: str,
+    ids: np.ndarray,
+    config: DecoderConfig,
+    weights: WeightStore,
+    bounds: Bounds,
+) -> Verification:
+    """Run one engine against the reference.
+
+    Raises:
+        VerificationError: if a bound is exceeded.
+    """
+    prefill = _prefill_logits(bundle, engine, ids)
+    written, decode = _greedy(bundle, engine, ids)
+    sequence = torch.from_numpy(np.concatenate((ids, written)))[None]
+    reference = streamed_logits(config, weights, sequence)[0]
+    pairs = list(_pairs(reference, prefill, decode, len(ids)))
+    chosen = reference[len(ids) - 1 : -1].argmax(dim=-1).numpy()
+    result = Verification(
+        engine=engine,
+        prompt_tokens=len(ids),
+        decode_steps=len(written),
+        max_abs=max(float((a - b).abs().max()) for a, b in pairs),
+        mean_abs=float(np.mean([float((a - b).abs().mean()) for a, b in pairs])),
+        kl=_mean([_kl(a, b) for a, b in pairs]),
+        argmax_agreement=_mean([(a.argmax(-1) == b.argmax(-1)).float() for a, b in pairs]),
+        greedy_equal=int((chosen == written).sum()),
+    )
+    _judge(result, bounds)
+    return result
+
+
+def _prefill_logits(bundle: Path, engine: str, ids: np.ndarray) -> np.ndarray:
+    """Logits of every prompt position `[T, V]`, with the last-position cut undone."""
+    model = runtime.load(bundle, engine=engine, logits="all", check=False)
+    return model.session().append(ids)[0]
+
+
+def _greedy(bundle: Path, engine: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The continuation `[32]` and logits before and after each token of it `[33, V]`."""
+    session = runtime.load(bundle, engine=engine, check=False).session()
+    logits = [session.append(ids)[0]]
+    written = []
+    for _ in range(DECODE_STEPS):
+        written.append(int(logits[-1].argmax()))
+        logits.append(session.append(np.array(written[-1:]))[0])
+    return np.array(written, dtype=np.int64), np.stack(logits)
+
+
+def _pairs(
+    reference: torch.Tensor, prefill: np.ndarray, decode: np.ndarray, prompt: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Reference and bundle logits in slices, so that differences never stand in memory at once."""
+    for start in range(0, prompt, SLICE):
+        rows = slice(start, min(start + SLICE, prompt))
+        yield reference[rows], torch.from_numpy(prefill[rows])
+    yield reference[prompt - 1 :], torch.from_numpy(decode)
+
+
+def _kl(reference: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    p, q = reference.log_softmax(dim=-1), actual.log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1)
+
+
+def _mean(parts: list[torch.Tensor]) -> float:
+    return float(torch.cat(parts).mean())
+
+
+def _judge(result: Verification, bounds: Bounds) -> None:
+    if not np.isfinite(result.max_abs):
+        raise VerificationError(
+            f"{result.engine}: the exported graph gives logits that are not finite"
+        )
+    for name in ("max_abs", "kl"):
+        bound, value = getattr(bounds, name), getattr(result, name)
+        if bound is not None and value > bound:
+            raise VerificationError(
+                f"{result.engine}: {name} {value:.2e} exceeds {bound:.0e}; try a wider --weights "
+                "format, or --no-verify to write the bundle all the same"
+            )
