@@ -86,8 +86,7 @@ def check_context(model: Model, options: Options) -> None:
 
 def prompt_ids(model: Model, count: int) -> np.ndarray:
     """`count` token ids of English prose, int64 `[count]`; repeats itself."""
-    once = np.asarray(model.tokenizer.encode(TEXT), dtype=np.int64)
-    return np.resize(once, count)
+    return np.resize(model.tokenizer.encode(TEXT, add_special_tokens=False), count)
 
 
 def at_depths(
@@ -101,9 +100,10 @@ def at_depths(
     """
     session = model.session()
     read, logits = 0, np.empty(0)
-    for depth in sorted({max(depth, 1) for depth in depths}):
-        logits = session.append(ids[read:depth])
-        read = depth
+    for depth in sorted(set(depths)):
+        end = max(depth, 1)
+        logits = session.append(ids[read:end]) if end > read else logits
+        read = end
         here = session.snapshot()
         yield depth, session, logits
         session.restore(here)

