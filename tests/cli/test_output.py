@@ -1,0 +1,38 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from edgekit.cli.output import as_json, as_markdown, as_table, megabytes, read_text, write_text
+from edgekit.errors import UsageError
+
+
+def test_table_aligns_numbers_right_and_text_left() -> None:
+    table = as_table([("a", "1.5"), ("longer", "100")], ("name", "value"))
+    assert table == "name    value\na         1.5\nlonger    100"
+
+
+def test_markdown() -> None:
+    assert as_markdown([("a", 1)], ("x", "y")) == "| x | y |\n| --- | --- |\n| a | 1 |"
+
+
+def test_json_of_paths_and_tuples() -> None:
+    assert json.loads(as_json({"out": Path("a"), "sizes": (1, 2)})) == {"out": "a", "sizes": [1, 2]}
+
+
+def test_megabytes() -> None:
+    assert megabytes(12_345_678) == "12.3 MB"
+    assert megabytes(None) == "-"
+
+
+def test_unreadable_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match="not UTF-8 text"):
+        read_text(tmp_path / "latin")
+    with pytest.raises(UsageError, match=r"none: cannot be read \(No such file"):
+        read_text(tmp_path / "none")
+
+
+def test_unwritable_output_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_text("x", tmp_path / "no" / "such" / "folder")
