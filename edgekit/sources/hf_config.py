@@ -1,0 +1,209 @@
+"""A foreign config.json, parsed once into `DecoderConfig`, or refused with a reason.
+
+Both spellings of the rotary settings are read: `rope_theta` with `rope_scaling` (transformers 4)
+and `rope_parameters` (transformers 5).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgekit.errors import SourceError, UnsupportedError, UsageError
+from edgekit.models.config import DecoderConfig, RopeConfig
+
+__all__ = ["ARCHITECTURES", "SUPPORTED", "parse_config"]
+
+Json = Mapping[str, Any]
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+SUPPORTED = "supported: Llama (SmolLM2 too), Mistral, Qwen2 and Qwen3 causal language models"
+QWEN3_HEAD_DIM = 128  # what transformers takes when a Qwen3 config does not say
+
+
+def parse_config(config: Json, generation: Json) -> tuple[DecoderConfig, tuple[str, ...]]:
+    """Translate a Hugging Face configuration.
+
+    Args:
+        config: the contents of config.json.
+        generation: the contents of generation_config.json, empty when there is none; its token ids
+            come before those of `config`.
+
+    Returns:
+        The decoder's configuration, and notes for the user.
+
+    Raises:
+        UnsupportedError: if the family, or a setting, is not one that edgekit expresses.
+        SourceError: if a key is missing or has an impossible value.
+    """
+    family = _family(config)
+    _refuse_foreign_settings(config)
+    context, notes = _context_length(config, family)
+    if "auto_map" in config:
+        notes += ("config.json names remote code (auto_map), which edgekit did not run.",)
+    try:
+        parsed = DecoderConfig(
+            family=family,
+            vocab_size=_integer(config, "vocab_size"),
+            num_layers=_integer(config, "num_hidden_layers"),
+            context_length=context,
+            rms_norm_eps=_number(config, "rms_norm_eps", default=1e-6),
+            rope=_rope(config),
+            tied_head=bool(config.get("tie_word_embeddings", False)),
+            **_widths(config, family),
+            **_biases(config, family),
+            **_token_ids(config, generation),
+        )
+    except UsageError as cause:
+        raise SourceError(f"config.json: {cause}") from cause
+    return parsed, notes
+
+
+def _family(config: Json) -> str:
+    family = str(config.get("model_type"))
+    expected = ARCHITECTURES.get(family)
+    classes = config.get("architectures") or [expected]
+    if expected is None or expected not in classes:
+        code = " with code of its own (auto_map)" if "auto_map" in config else ""
+        raise UnsupportedError(
+            f"model_type {family!r}, architecture {classes[0]!r}{code} given; {SUPPORTED}"
+        )
+    return family
+
+
+def _refuse_foreign_settings(config: Json) -> None:
+    """Settings that change the maths in a way the decoder does not have."""
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"quantization_config ({method}) given; supported: plain fp32, fp16 or bf16 weights, "
+            "which edgekit compresses itself, or a GGUF file"
+        )
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise UnsupportedError(f"hidden_act {activation!r} given; supported: 'silu'")
+    kinds = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UnsupportedError(
+            f"layer type {min(kinds)!r} given; supported: full_attention, sliding_attention"
+        )
+
+
+def _context_length(config: Json, family: str) -> tuple[int, tuple[str, ...]]:
+    """The model's limit or, where layers slide, the window: up to there full attention is exact."""
+    limit = _integer(config, "max_position_embeddings")
+    window = config.get("sliding_window")
+    if not _slides(config, family) or window is None or window >= limit:
+        return limit, ()
+    window = _integer(config, "sliding_window")
+    note = f"Softmax layers are limited to {window} positions, the model's sliding window."
+    return window, (note,)
+
+
+def _slides(config: Json, family: str) -> bool:
+    if family == "llama":
+        return False
+    if config.get("layer_types"):
+        return "sliding_attention" in config["layer_types"]
+    if family == "mistral":
+        return True
+    first = config.get("max_window_layers", 28)
+    return bool(config.get("use_sliding_window", False)) and first < config["num_hidden_layers"]
+
+
+def _widths(config: Json, family: str) -> dict[str, Any]:
+    hidden, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
+    default_kv = (
+        heads if family == "llama" or config.get("num_key_value_heads", 0) is None else None
+    )
+    default_width = QWEN3_HEAD_DIM if family == "qwen3" else hidden // heads
+    if config.get("head_dim") is None and family != "qwen3" and hidden % heads:
+        raise SourceError(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+        )
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": _integer(config, "intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": _integer(config, "num_key_value_heads", default=default_kv),
+        "head_dim": _integer(config, "head_dim", default=default_width),
+    }
+
+
+def _biases(config: Json, family: str) -> dict[str, Any]:
+    everywhere = family in ("llama", "qwen3") and bool(config.get("attention_bias", False))
+    return {
+        "qkv_bias": everywhere or family == "qwen2",
+        "o_bias": everywhere,
+        "mlp_bias": family == "llama" and bool(config.get("mlp_bias", False)),
+        "qk_norm": family == "qwen3",
+    }
+
+
+def _token_ids(config: Json, generation: Json) -> dict[str, Any]:
+    found: dict[str, tuple[int, ...]] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key) if generation.get(key) is None else generation[key]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, int) and item >= 0 for item in ids):
+            raise SourceError(f"config.json: {key} {value!r} given; allowed: a token id or a list")
+        found[key] = tuple(ids)
+    return {
+        "bos_token_id": next(iter(found["bos_token_id"]), None),
+        "eos_token_ids": found["eos_token_id"],
+        "pad_token_id": next(iter(found["pad_token_id"]), None),
+    }
+
+
+def _rope(config: Json) -> RopeConfig:
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise UnsupportedError("rope_parameters differ between layer types; supported: one for all")
+    for where in (config, scaling):
+        if where.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise UnsupportedError(
+                f"partial_rotary_factor {where['partial_rotary_factor']} given; supported: 1.0"
+            )
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    theta = _number({**config, **scaling}, "rope_theta", default=10000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=_number(scaling, "factor"))
+    if kind == "llama3":
+        # transformers lets the configuration's own key win over the one among the scaling factors.
+        original = {**scaling, **_only(config, "original_max_position_embeddings")}
+        limit = _integer(config, "max_position_embeddings")
+        return RopeConfig(
+            theta=theta,
+            kind="llama3",
+            factor=_number(scaling, "factor"),
+            low_freq_factor=_number(scaling, "low_freq_factor"),
+            high_freq_factor=_number(scaling, "high_freq_factor"),
+            original_context=_integer(original, "original_max_position_embeddings", default=limit),
+        )
+    raise UnsupportedError(f"rope type {kind!r} given; supported: default, linear, llama3")
+
+
+def _only(config: Json, key: str) -> dict[str, Any]:
+    return {key: config[key]} if config.get(key) is not None else {}
+
+
+def _integer(config: Json, key: str, *, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SourceError(f"config.json: {key} is {value!r}; a whole number above 0 is needed")
+    return value
+
+
+def _number(config: Json, key: str, *, default: float | None = None) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise SourceError(f"config.json: {key} is {value!r}; a number above 0 is needed")
+    return float(value)
