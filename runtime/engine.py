@@ -1,0 +1,97 @@
+"""What an inference engine offers a session; `ov.py` and `ort.py` implement it.
+
+Shapes: B batch, T tokens of one call, S tokens so far, V vocabulary. A state's key is
+`{layer}.{kind}`, such as `3.ssm`, on both engines.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.bundle import StateRecord
+
+__all__ = ["Array", "Engine", "EngineRequest", "EngineSettings", "Floats", "Integers", "state_key"]
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How to compile a bundle.
+
+    Attributes:
+        device: the engine's device name, such as `CPU` or `GPU.0`.
+        logits: whether a call answers for its last position or for all of them.
+        threads: CPU threads; None leaves the choice to the engine.
+        cache_dir: where compiled blobs may be kept between runs; None: nowhere.
+        precision: the arithmetic to ask for, such as `f32`.
+    """
+
+    device: str
+    logits: Literal["last", "all"]
+    threads: int | None
+    cache_dir: Path | None
+    precision: str
+
+
+class EngineRequest(Protocol):
+    """One sequence (or batch of them) in flight: its carried state and its calls.
+
+    Not safe to use from two threads at once; several requests of one engine are.
+    """
+
+    def infer(self, feeds: Mapping[str, Integers]) -> Floats:
+        """Run the graph once and keep the state.
+
+        Args:
+            feeds: the graph's integer inputs that `Engine.inputs` names, contiguous.
+
+        Returns:
+            logits `[B, 1, V]`, or `[B, T, V]` if compiled for all; the caller's to keep.
+        """
+        ...
+
+    def reset(self, batch: int) -> None:
+        """Forget everything; the next call starts `batch` new sequences."""
+        ...
+
+    def reorder(self, rows: Integers) -> None:
+        """Make row i of the state what row `rows[i]` was; more or fewer rows change the batch."""
+        ...
+
+    def read_states(self) -> dict[str, Array]:
+        """A copy of every state by key, the growing ones at their exact length."""
+        ...
+
+    def write_states(self, states: Mapping[str, Array]) -> None:
+        """Continue from what `read_states` returned, bit for bit."""
+        ...
+
+
+class Engine(Protocol):
+    """A compiled bundle: one copy of the weights for any number of requests."""
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Names of the graph's inputs that a session may feed."""
+        ...
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time that reading and compiling the model took."""
+        ...
+
+    def request(self, batch: int) -> EngineRequest:
+        """A new request with empty states."""
+        ...
+
+
+def state_key(record: StateRecord) -> str:
+    """The engine-independent name of a state."""
+    return f"{record.layer}.{record.kind}"

@@ -1,0 +1,251 @@
+"""A bundle, opened: text in, text out, and sessions for those who count in tokens."""
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Unpack, overload
+
+from edgekit import targets
+from edgekit.bundle import ENGINE_FILES, Manifest, check_files, read_manifest
+from edgekit.errors import EngineError, UsageError
+from edgekit.runtime.engine import Engine, EngineSettings, Integers
+from edgekit.runtime.generation import Generation, GenerationStats
+from edgekit.runtime.sampling import GenerationOptions, GenerationSettings
+from edgekit.runtime.session import Session
+from edgekit.runtime.text import Tokenizer
+
+__all__ = ["ENGINES", "Model", "load"]
+
+# Per engine: the package it needs, our module, and the class in it.
+ENGINES = {
+    "openvino": ("openvino", "edgekit.runtime.ov", "OpenVinoEngine"),
+    "onnx": ("onnxruntime", "edgekit.runtime.ort", "OnnxEngine"),
+}
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def load(
+    path: Path | str,
+    *,
+    engine: str | None = None,
+    device: str = "CPU",
+    logits: Literal["last", "all"] = "last",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    check: bool = True,
+) -> "Model":
+    """Open a bundle on one engine.
+
+    Args:
+        path: the bundle's directory.
+        engine: `openvino` or `onnx`; None: the bundle's first that is installed.
+        device: the engine's device name, such as `CPU` or, with OpenVINO, `GPU`.
+        logits: `all` makes `Session.append` answer for every position, as perplexity needs.
+        threads: CPU threads; None: the target's setting, or else the engine's choice.
+        cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster.
+        check: compare the sha256 of every file that is used with the manifest.
+
+    Raises:
+        BundleError: if the bundle is missing, damaged, or of another format version.
+        EngineError: if the engine is not installed or not in the bundle, or the device is not here.
+        UsageError: for an argument that is not allowed.
+
+    Example:
+        >>> model = load("smollm2")                                  # doctest: +SKIP
+        >>> model.generate("The capital of France is", max_new_tokens=3)    # doctest: +SKIP
+        ' Paris.'
+    """
+    if logits not in ("last", "all"):
+        raise UsageError(f"logits {logits!r} given; allowed: last, all")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads} given; allowed: 1 or more")
+    started = time.perf_counter()
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    name = _chosen_engine(manifest, engine)
+    if check:
+        wanted = (*ENGINE_FILES[name], *TEXT_FILES)
+        check_files(directory, manifest, (file for file in wanted if file in manifest.files))
+    target = targets.load(manifest.target)
+    settings = EngineSettings(
+        device=device,
+        logits=logits,
+        threads=target.threads if threads is None else threads,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        precision=target.inference_precision,
+    )
+    tokenizer = Tokenizer(directory)
+    _, module, kind = ENGINES[name]
+    compiled: Engine = getattr(importlib.import_module(module), kind)(directory, manifest, settings)
+    return Model(
+        manifest,
+        name,
+        compiled,
+        settings,
+        tokenizer=tokenizer,
+        block=target.prefill_block[name],
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def _chosen_engine(manifest: Manifest, engine: str | None) -> str:
+    if engine is not None:
+        if engine not in ENGINES:
+            raise UsageError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
+        if engine not in manifest.engines:
+            raise EngineError(
+                f"engine {engine!r} given; this bundle was made for {', '.join(manifest.engines)}: "
+                f"convert again with --format {engine}"
+            )
+        if not _installed(engine):
+            raise EngineError(f"{ENGINES[engine][0]} is not installed; {_advice(engine)}")
+        return engine
+    found = [name for name in manifest.engines if name in ENGINES and _installed(name)]
+    if not found:
+        wanted = " or ".join(ENGINES[name][0] for name in manifest.engines if name in ENGINES)
+        raise EngineError(f"this bundle needs {wanted}; {_advice(manifest.engines[0])}")
+    return found[0]
+
+
+def _installed(engine: str) -> bool:
+    return importlib.util.find_spec(ENGINES[engine][0]) is not None
+
+
+def _advice(engine: str) -> str:
+    return f'install it with: pip install "edgekit-lm[{engine}]"'
+
+
+class Model:
+    """A loaded bundle; `load` makes it.
+
+    Attributes:
+        manifest: what `edgekit.json` says.
+        engine: `openvino` or `onnx`.
+        device: the engine's device name.
+        tokenizer: text to ids and back.
+        load_seconds: from the call of `load` to a model ready to run, compilation included.
+        compile_seconds: the engine's part of it.
+        model_bytes: size of the engine's graph and weights on disk.
+        last_stats: what the last finished generation took; None before the first.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: str,
+        compiled: Engine,
+        settings: EngineSettings,
+        *,
+        tokenizer: Tokenizer,
+        block: int,
+        load_seconds: float,
+    ) -> None:
+        self.manifest, self.engine, self.device = manifest, engine, settings.device
+        self.tokenizer = tokenizer
+        self.load_seconds, self.compile_seconds = load_seconds, compiled.compile_seconds
+        self.model_bytes = sum(
+            manifest.files[file].size for file in ENGINE_FILES[engine] if file in manifest.files
+        )
+        self.last_stats: GenerationStats | None = None
+        self._compiled, self._logits, self._block = compiled, settings.logits, block
+
+    def session(self, batch: int = 1) -> Session:
+        """A new session of `batch` rows; all sessions share this model's weights.
+
+        Raises:
+            UsageError: if `batch` is below 1.
+        """
+        return Session(
+            self._compiled,
+            self.manifest,
+            name=self.engine,
+            logits=self._logits,
+            block=self._block,
+            batch=batch,
+        )
+
+    @overload
+    def generate(self, prompt: str, **settings: Unpack[GenerationSettings]) -> str: ...
+    @overload
+    def generate(self, prompt: list[str], **settings: Unpack[GenerationSettings]) -> list[str]: ...
+    def generate(
+        self, prompt: str | list[str], **settings: Unpack[GenerationSettings]
+    ) -> str | list[str]:
+        """Continue one prompt, or several side by side.
+
+        Args:
+            prompt: a text, or a list of texts of any lengths.
+            settings: fields of `GenerationOptions`, by name.
+
+        Returns:
+            The new text of each prompt, without the prompt.
+
+        Raises:
+            UsageError: for an unknown option, a value outside its range, an empty prompt, or one
+                longer than the model's context.
+        """
+        options = GenerationOptions.of(settings)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UsageError("no prompt given; give one text or more")
+        if options.num_beams > 1:
+            texts = [self._best_beam(text, options) for text in prompts]
+        else:
+            texts = self._continue(prompts, options)
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(self, prompt: str, **settings: Unpack[GenerationSettings]) -> Iterator[str]:
+        """Continue a prompt piece by piece; the pieces join to what `generate` returns.
+
+        Args:
+            prompt: a text.
+            settings: fields of `GenerationOptions`, by name; `num_beams` must be 1.
+
+        Raises:
+            UsageError: as `generate`, before the first piece.
+        """
+        options = GenerationOptions.of(settings)
+        if options.num_beams > 1:
+            raise UsageError(
+                "beam search cannot stream: its text is not certain before the end; use generate"
+            )
+        return self._pieces(self._generation([prompt], options))
+
+    def chat_prompt(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as a prompt, by the model's own template; see `Tokenizer.chat_prompt`."""
+        return self.tokenizer.chat_prompt(messages, add_generation_prompt=add_generation_prompt)
+
+    def _generation(self, texts: Sequence[str], options: GenerationOptions) -> Generation:
+        prompts: list[Integers] = [self.tokenizer.encode_prompt(text) for text in texts]
+        facts = self.manifest.model
+        return Generation(
+            self.session(len(prompts)),
+            self.tokenizer,
+            prompts,
+            options,
+            facts.eos_token_ids,
+            facts.vocab_size,
+        )
+
+    def _pieces(self, generation: Generation) -> Iterator[str]:
+        for _, piece in generation.pieces():
+            yield piece
+        self.last_stats = generation.stats
+
+    def _continue(self, texts: Sequence[str], options: GenerationOptions) -> list[str]:
+        generation = self._generation(texts, options)
+        rows: list[list[str]] = [[] for _ in texts]
+        for row, piece in generation.pieces():
+            rows[row].append(piece)
+        self.last_stats = generation.stats
+        return ["".join(pieces) for pieces in rows]
+
+    def _best_beam(self, text: str, options: GenerationOptions) -> str:
+        generation = self._generation([text], options)
+        found = generation.best_beam()
+        self.last_stats = generation.stats
+        return found

@@ -1,0 +1,236 @@
+"""ONNX Runtime: one inference session, one IO binding per request, states updated in place.
+
+With contrib operators a state's buffer is bound as past and as present, so nothing is copied:
+recurrent states keep their size, keys and values live in buffers of doubling capacity of which the
+attention mask says how much is filled. A graph of plain operators gets fresh present tensors
+instead, which become the next call's past.
+
+The only file that imports onnxruntime.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime  # type: ignore[import-untyped]
+from onnxruntime.capi import (  # type: ignore[import-untyped]
+    onnxruntime_pybind11_state as failures,
+)
+
+from edgekit.bundle import Manifest, StateRecord
+from edgekit.errors import BundleError, EngineError
+from edgekit.runtime.engine import Array, EngineSettings, Floats, Integers, state_key
+from edgekit.runtime.state import state_shape
+
+__all__ = ["OnnxEngine", "OnnxRequest"]
+
+# How the manifest says that the graph's recurrences and attention are fused operators.
+CONTRIB_STEP = {"step": "onnx", "ops": "contrib"}
+FIRST_CAPACITY = 256  # columns of keys and values before the buffers double
+FAILURES = (
+    failures.Fail,
+    failures.InvalidArgument,
+    failures.InvalidGraph,
+    failures.InvalidProtobuf,
+    failures.NoModel,
+    failures.NoSuchFile,
+    failures.NotImplemented,
+    failures.RuntimeException,
+)
+
+
+class OnnxEngine:
+    """A loaded `model.onnx`."""
+
+    def __init__(self, directory: Path, manifest: Manifest, settings: EngineSettings) -> None:
+        """Load and optimise the graph.
+
+        Raises:
+            EngineError: if the device is not the CPU, or this onnxruntime lacks an operator.
+            BundleError: if the file cannot be read.
+        """
+        if settings.device != "CPU":
+            raise EngineError(f"device {settings.device!r} given; the onnx engine runs on: CPU")
+        path = directory / "model.onnx"
+        started = time.perf_counter()
+        try:
+            self.session = onnxruntime.InferenceSession(
+                path,
+                _session_options(settings, constant_shapes=manifest.constant_memory),
+                providers=["CPUExecutionProvider"],
+            )
+        except (failures.InvalidProtobuf, failures.NoSuchFile, failures.InvalidGraph) as cause:
+            raise BundleError(f"{path}: cannot be read ({cause})") from cause
+        except FAILURES as cause:
+            raise EngineError(f"{path}: ONNX Runtime refuses this model ({cause})") from cause
+        self.compile_seconds = time.perf_counter() - started
+        self.records = manifest.states
+        self.vocab = manifest.model.vocab_size
+        self.all_positions = settings.logits == "all"
+        self.inputs = frozenset(item.name for item in self.session.get_inputs())
+        self.in_place = CONTRIB_STEP in manifest.pipeline
+
+    def request(self, batch: int) -> "OnnxRequest":
+        """A new IO binding with states of its own."""
+        return InPlaceRequest(self, batch) if self.in_place else FreshRequest(self, batch)
+
+
+def _session_options(
+    settings: EngineSettings, *, constant_shapes: bool
+) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # One pattern would be kept for each length of a growing mask.
+    options.enable_mem_pattern = constant_shapes
+    if settings.threads is not None:
+        options.intra_op_num_threads = settings.threads
+    # Threads spin within a call, for speed, and sleep between calls.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+class OnnxRequest(ABC):
+    """Feeds and logits; how the states are bound is left to the two kinds below."""
+
+    def __init__(self, engine: OnnxEngine, batch: int) -> None:
+        self._engine = engine
+        self._binding = engine.session.io_binding()
+        self._columns = 0
+        self.reset(batch)
+
+    def infer(self, feeds: Mapping[str, Integers]) -> Floats:
+        """Run the graph; the logits are written straight into the array that is returned."""
+        batch, length = feeds["input_ids"].shape
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, array)
+        positions = 1
+        if self._engine.all_positions:
+            positions = length
+            self._binding.bind_cpu_input("logits_to_keep", np.array(length))
+        logits = np.empty((batch, positions, self._engine.vocab), dtype=np.float32)
+        self._bind_states(length)
+        self._binding.bind_ortvalue_output(
+            "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
+        )
+        try:
+            self._engine.session.run_with_iobinding(self._binding)
+        except FAILURES as cause:
+            raise EngineError(f"ONNX Runtime failed: {cause}") from cause
+        self._columns += length
+        self._keep_states()
+        return logits
+
+    def reset(self, batch: int) -> None:
+        """Start from zero states, and from no keys and values."""
+        self._columns = 0
+        records = self._engine.records
+        self._adopt({r: np.zeros(state_shape(r, batch, 0), r.dtype) for r in records})
+
+    def reorder(self, rows: Integers) -> None:
+        """Gather the rows of every state."""
+        self._adopt({record: state[rows] for record, state in self._states().items()})
+
+    def read_states(self) -> dict[str, Array]:
+        """Copies of the filled part of every state."""
+        return {state_key(record): state.copy() for record, state in self._states().items()}
+
+    def write_states(self, states: Mapping[str, Array]) -> None:
+        """Copy the states in."""
+        given = {record: states[state_key(record)] for record in self._engine.records}
+        grown = [state.shape[2] for record, state in given.items() if _grows(record)]
+        self._columns = grown[0] if grown else 0
+        self._adopt({record: state.copy() for record, state in given.items()})
+
+    @abstractmethod
+    def _states(self) -> dict[StateRecord, Array]:
+        """The filled part of every state, perhaps as views."""
+
+    @abstractmethod
+    def _adopt(self, states: dict[StateRecord, Array]) -> None:
+        """Own these arrays, of exact size, as the states."""
+
+    @abstractmethod
+    def _bind_states(self, length: int) -> None:
+        """Prepare the bindings for a call of `length` tokens."""
+
+    @abstractmethod
+    def _keep_states(self) -> None:
+        """Take over what the call produced."""
+
+
+class InPlaceRequest(OnnxRequest):
+    """Each state's buffer is past and present at once."""
+
+    def __init__(self, engine: OnnxEngine, batch: int) -> None:
+        self._buffers: dict[StateRecord, Array] = {}
+        super().__init__(engine, batch)
+
+    def _states(self) -> dict[StateRecord, Array]:
+        filled = slice(0, self._columns)
+        return {r: a[:, :, filled] if _grows(r) else a for r, a in self._buffers.items()}
+
+    def _adopt(self, states: dict[StateRecord, Array]) -> None:
+        for record, array in states.items():
+            buffer = self._buffers.get(record)
+            if buffer is not None and _fits(array, buffer):
+                buffer[:, :, : array.shape[2]] = array
+            else:
+                self._buffers[record] = np.ascontiguousarray(array)
+                self._bind(record)
+
+    def _bind(self, record: StateRecord) -> None:
+        buffer = self._buffers[record]
+        if not buffer.size:
+            return
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
+        self._binding.bind_ortvalue_input(record.onnx[0], value)
+        self._binding.bind_ortvalue_output(record.onnx[1], value)
+
+    def _bind_states(self, length: int) -> None:
+        needed = self._columns + length
+        for record, buffer in self._buffers.items():
+            if not _grows(record) or buffer.shape[2] >= needed:
+                continue
+            batch, heads, _, width = buffer.shape
+            grown = np.zeros((batch, heads, max(2 * needed, FIRST_CAPACITY), width), buffer.dtype)
+            grown[:, :, : self._columns] = buffer[:, :, : self._columns]
+            self._buffers[record] = grown
+            self._bind(record)
+
+    def _keep_states(self) -> None:
+        """Nothing: the buffers hold them already."""
+
+
+class FreshRequest(OnnxRequest):
+    """Each call allocates its present states, which the next call reads."""
+
+    def _states(self) -> dict[StateRecord, Array]:
+        return {record: value.numpy() for record, value in self._values.items()}
+
+    def _adopt(self, states: dict[StateRecord, Array]) -> None:
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._values = {r: make(np.ascontiguousarray(array)) for r, array in states.items()}
+
+    def _bind_states(self, length: int) -> None:
+        self._binding.clear_binding_outputs()
+        for record, value in self._values.items():
+            self._binding.bind_ortvalue_input(record.onnx[0], value)
+            self._binding.bind_output(record.onnx[1])
+
+    def _keep_states(self) -> None:
+        outputs = self._binding.get_outputs()
+        self._values = dict(zip(self._engine.records, outputs, strict=False))
+
+
+def _fits(array: Array, buffer: Array) -> bool:
+    """Whether `buffer` can hold `array`: alike but for more room along the growing axis."""
+    apart = buffer.shape[:2] == array.shape[:2] and buffer.shape[3:] == array.shape[3:]
+    return apart and buffer.shape[2] >= array.shape[2]
+
+
+def _grows(record: StateRecord) -> bool:
+    return record.kind in ("key", "value")

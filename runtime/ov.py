@@ -1,0 +1,154 @@
+"""OpenVINO: one compiled model, one infer request per session, the states as its variables.
+
+The only file that imports openvino.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov  # type: ignore[import-untyped]
+
+from edgekit.bundle import Manifest
+from edgekit.errors import BundleError, EngineError
+from edgekit.runtime.engine import Array, EngineSettings, Floats, Integers, state_key
+
+__all__ = ["OpenVinoEngine", "OpenVinoRequest"]
+
+LAST_POSITION = "last_position"  # the node that cuts the hidden states down to one position
+VIRTUAL_DEVICES = ("AUTO", "BATCH", "HETERO", "MULTI")
+
+
+class OpenVinoEngine:
+    """A compiled `openvino_model.xml`."""
+
+    def __init__(self, directory: Path, manifest: Manifest, settings: EngineSettings) -> None:
+        """Read and compile the model.
+
+        Raises:
+            EngineError: if the device is unknown, or refuses the model.
+            BundleError: if the IR cannot be read.
+        """
+        core = ov.Core()
+        _check_device(settings.device, core.available_devices)
+        path = directory / "openvino_model.xml"
+        started = time.perf_counter()
+        try:
+            model = core.read_model(path)
+        except RuntimeError as cause:
+            raise BundleError(f"{path}: cannot be read ({_reason(cause)})") from cause
+        if settings.logits == "all":
+            _keep_all_positions(model, path)
+        try:
+            self._compiled = core.compile_model(model, settings.device, _properties(settings))
+        except RuntimeError as cause:
+            raise EngineError(
+                f"{settings.device}: OpenVINO cannot compile this model ({_reason(cause)})"
+            ) from cause
+        self.compile_seconds = time.perf_counter() - started
+        self.inputs = frozenset(
+            name for port in self._compiled.inputs for name in port.get_names()
+        ) - {"beam_idx"}
+        self.keys = {record.openvino: state_key(record) for record in manifest.states}
+
+    def request(self, batch: int) -> "OpenVinoRequest":
+        """A new infer request with empty variables."""
+        return OpenVinoRequest(self._compiled.create_infer_request(), self.keys, batch)
+
+
+class OpenVinoRequest:
+    """An infer request; rows are reordered by the next call's `beam_idx`."""
+
+    def __init__(self, request: ov.InferRequest, keys: Mapping[str, str], batch: int) -> None:
+        self._request, self._keys = request, keys
+        self._variables = {keys[state.name]: state for state in request.query_state()}
+        self._rows: Integers = np.arange(batch)
+        self._settled = self._rows.astype(np.int32)
+        self._pending = False
+
+    def infer(self, feeds: Mapping[str, Integers]) -> Floats:
+        """Run the graph; logits are copied out of the request's memory."""
+        inputs: dict[str, Array] = dict(feeds)
+        inputs["beam_idx"] = self._rows.astype(np.int32) if self._pending else self._settled
+        try:
+            result = self._request.infer(inputs, share_inputs=True, share_outputs=True)
+        except RuntimeError as cause:
+            raise EngineError(f"OpenVINO failed: {_reason(cause)}") from cause
+        if self._pending:
+            self._settle(len(self._rows))
+        # A graph with recurrent layers pads time on the right; those positions are nobody's.
+        logits: Floats = np.array(result["logits"][:, : feeds["input_ids"].shape[1]])
+        return logits
+
+    def _settle(self, batch: int) -> None:
+        self._rows = np.arange(batch)
+        self._settled = self._rows.astype(np.int32)
+        self._pending = False
+
+    def reset(self, batch: int) -> None:
+        """Return every variable to its initial value."""
+        self._request.reset_state()
+        self._settle(batch)
+
+    def reorder(self, rows: Integers) -> None:
+        """Remember the order; the graph gathers each state by it at the next call."""
+        self._rows = self._rows[rows]
+        self._pending = True
+
+    def read_states(self) -> dict[str, Array]:
+        """Copies of the variables, with a pending reorder applied."""
+        copies = {key: np.array(state.state.data) for key, state in self._variables.items()}
+        if not self._pending:
+            return copies
+        return {key: value[self._rows] for key, value in copies.items()}
+
+    def write_states(self, states: Mapping[str, Array]) -> None:
+        """Set the variables."""
+        for key, state in self._variables.items():
+            state.state = ov.Tensor(np.ascontiguousarray(states[key]))
+        self._settle(len(next(iter(states.values()))))
+
+
+def _properties(settings: EngineSettings) -> dict[str, Any]:
+    """The compile settings; a recurrent state accumulates, so nothing may narrow it unasked."""
+    properties: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": settings.precision,
+    }
+    if settings.device == "CPU":
+        properties["KV_CACHE_PRECISION"] = settings.precision
+        if settings.threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = settings.threads
+    if settings.cache_dir is not None:
+        properties["CACHE_DIR"] = str(settings.cache_dir)
+    return properties
+
+
+def _check_device(device: str, available: list[str]) -> None:
+    kind = device.split(":")[0]
+    plain = {name.split(".")[0] for name in available}
+    if kind not in plain | set(available) | set(VIRTUAL_DEVICES):
+        raise EngineError(
+            f"device {device!r} is not here; OpenVINO finds: {', '.join(available) or 'none'}"
+        )
+
+
+def _keep_all_positions(model: ov.Model, path: Path) -> None:
+    """Feed the head all positions instead of the last one."""
+    nodes = [node for node in model.get_ops() if node.get_friendly_name() == LAST_POSITION]
+    if not nodes:
+        raise BundleError(
+            f"{path}: no node {LAST_POSITION!r}, so only the last position's logits can be had"
+        )
+    source = nodes[0].input_value(0)
+    for target in nodes[0].output(0).get_target_inputs():
+        target.replace_source_output(source)
+    model.validate_nodes_and_infer_types()
+
+
+def _reason(cause: Exception) -> str:
+    """The last line of OpenVINO's report: the ones before it say where in its own source."""
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
