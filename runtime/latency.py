@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.runtime import Model, Session
+from edgekit.runtime.engine import Floats, Integers
 from edgekit.runtime.memory import Memory, measure_memory
 from edgekit.runtime.workload import (
     Options,
@@ -131,7 +132,7 @@ def measure(bundle: str | Path, options: Options) -> Report:
     )
 
 
-def _prefill(model: Model, ids: np.ndarray, repeat: int) -> Prefill:
+def _prefill(model: Model, ids: Integers, repeat: int) -> Prefill:
     seconds, first = [], []
     for _ in range(repeat + 1):
         session = model.session()
@@ -147,7 +148,7 @@ def _prefill(model: Model, ids: np.ndarray, repeat: int) -> Prefill:
     )
 
 
-def _sweep(model: Model, ids: np.ndarray, options: Options) -> tuple[tuple[Decode, ...], list[int]]:
+def _sweep(model: Model, ids: Integers, options: Options) -> tuple[tuple[Decode, ...], list[int]]:
     """Decode at each depth, reading on from the depth before; also the last greedy output."""
     rows, output = [], list[int]()
     for depth, session, logits in at_depths(model, ids, options.depths):
@@ -157,7 +158,7 @@ def _sweep(model: Model, ids: np.ndarray, options: Options) -> tuple[tuple[Decod
 
 
 def _decode(
-    session: Session, logits: np.ndarray, depth: int, options: Options
+    session: Session, logits: Floats, depth: int, options: Options
 ) -> tuple[Decode, list[int]]:
     here = session.snapshot()
     rates, steps, output, state_bytes = [], list[float](), list[int](), 0

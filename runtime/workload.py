@@ -9,6 +9,7 @@ import numpy as np
 
 from edgekit.errors import UsageError
 from edgekit.runtime import Model, Session, load
+from edgekit.runtime.engine import Floats, Integers
 
 __all__ = ["Options", "at_depths", "check_context", "greedy", "open_model", "prompt_ids"]
 
@@ -84,14 +85,14 @@ def check_context(model: Model, options: Options) -> None:
         )
 
 
-def prompt_ids(model: Model, count: int) -> np.ndarray:
+def prompt_ids(model: Model, count: int) -> Integers:
     """`count` token ids of English prose, int64 `[count]`; repeats itself."""
     return np.resize(model.tokenizer.encode(TEXT, add_special_tokens=False), count)
 
 
 def at_depths(
-    model: Model, ids: np.ndarray, depths: Sequence[int]
-) -> Iterator[tuple[int, Session, np.ndarray]]:
+    model: Model, ids: Integers, depths: Sequence[int]
+) -> Iterator[tuple[int, Session, Floats]]:
     """Read `ids` on from depth to depth in one session.
 
     Yields:
@@ -99,7 +100,7 @@ def at_depths(
         of its last position. The caller may decode; the session is put back afterwards.
     """
     session = model.session()
-    read, logits = 0, np.empty(0)
+    read, logits = 0, np.empty((0, 0), dtype=np.float32)
     for depth in sorted(set(depths)):
         end = max(depth, 1)
         logits = session.append(ids[read:end]) if end > read else logits
@@ -109,7 +110,7 @@ def at_depths(
         session.restore(here)
 
 
-def greedy(session: Session, logits: np.ndarray, count: int) -> tuple[list[float], list[int]]:
+def greedy(session: Session, logits: Floats, count: int) -> tuple[list[float], list[int]]:
     """Decode greedily from `logits [1, V]`: the seconds of each step, and the tokens."""
     times, output = [], []
     for _ in range(count):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from edgekit.cli.arguments import ENGINES, add_json, choices, layers
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table, megabytes
-from edgekit.cli.progress import Progress
 
 if TYPE_CHECKING:
     from edgekit.export.pipeline import ConvertReport
@@ -77,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print the report; returns the exit code."""
+    from edgekit.cli.progress import Progress
+
     with extra("convert"):
         from edgekit.export.pipeline import convert
     with Progress() as progress:

@@ -21,8 +21,20 @@ HELP = "check packages, engines and devices of this machine"
 DISTRIBUTION = "edgekit-lm"
 # Installed beside edgekit without their dependencies, so their own pins are checked here.
 FOREIGN = ("optimum-intel",)
-CPU_FLAGS = ("sse4_2", "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
-CPU_FLAGS += ("amx_tile", "amx_int8", "amx_bf16")
+CPU_FLAGS = tuple(
+    [
+        "sse4_2",
+        "avx2",
+        "fma",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +126,7 @@ def _packages() -> Iterator[Package]:
     wanted: dict[str, tuple[Requirement, set[str]]] = {}
     for text in metadata.requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
-        name = canonicalize_name(requirement.name)
+        name = str(canonicalize_name(requirement.name))
         extra = _extra(text)
         if name == DISTRIBUTION or extra == "dev":
             continue

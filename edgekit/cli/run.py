@@ -1,0 +1,96 @@
+"""Continue a prompt with a bundle; the text streams to stdout.
+
+The prompt is put into the model's chat template where the bundle has one; --raw sends it as it is.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekit.cli.arguments import add_engine, add_json, positive
+from edgekit.cli.output import as_json
+from edgekit.cli.sampling import add_sampling, settings
+from edgekit.config import dump
+
+if TYPE_CHECKING:
+    from edgekit.runtime import GenerationStats, Model
+    from edgekit.runtime.sampling import GenerationSettings
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "answer a prompt"
+TEMPLATE = "chat_template.jinja"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument(
+        "-p", "--prompt", required=True, help="the text; `-` reads it from standard input"
+    )
+    parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    add_engine(parser)
+    add_sampling(parser)
+    parser.add_argument(
+        "--num-beams", type=positive, default=1, metavar="N", help="above 1: beam search"
+    )
+    parser.add_argument("--stats", action="store_true", help="print the speed to stderr")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print; returns the exit code."""
+    from edgekit.runtime import load
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
+    if not args.raw and TEMPLATE in model.manifest.files:
+        prompt = model.chat_prompt([{"role": "user", "content": prompt}])
+    options = settings(args)
+    options["num_beams"] = args.num_beams
+    text = _generate(model, prompt, options, silent=args.json)
+    if args.json:
+        print(as_json(_result(model, prompt, text)))
+    if args.stats and model.last_stats is not None:
+        print(stats_line(model, model.last_stats), file=sys.stderr)
+    return 0
+
+
+def _generate(model: "Model", prompt: str, options: "GenerationSettings", *, silent: bool) -> str:
+    """The whole text, which was also shown as it came unless `silent`."""
+    if options["num_beams"] > 1 or silent:
+        text = model.generate(prompt, **options)
+        if not silent:
+            print(text)
+        return text
+    pieces = []
+    for piece in model.stream(prompt, **options):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
+
+
+def _result(model: "Model", prompt: str, text: str) -> dict[str, object]:
+    stats = model.last_stats
+    rate = {} if stats is None else {"tokens_per_second": stats.tokens_per_second}
+    return {
+        "prompt": prompt,
+        "text": text,
+        "engine": model.engine,
+        "device": model.device,
+        "load_seconds": model.load_seconds,
+        "stats": {**dump(stats), **rate} if stats else None,
+    }
+
+
+def stats_line(model: "Model", stats: "GenerationStats") -> str:
+    """One line of what a generation took."""
+    return (
+        f"{model.engine} {model.device}: load {model.load_seconds:.2f} s, "
+        f"{stats.prompt_tokens} prompt tokens, first token after "
+        f"{1e3 * stats.ttft_seconds:.0f} ms, "
+        f"{stats.new_tokens} new tokens at {stats.tokens_per_second:.1f} tok/s "
+        f"({', '.join(stats.endings)})"
+    )
