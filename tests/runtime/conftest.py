@@ -1,0 +1,104 @@
+"""Tiny bundles of every kind on both engines, and the torch decoder that they came from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgekit.export.pipeline import convert
+from edgekit.models.config import DecoderConfig, LawcatConfig
+from edgekit.models.decoder import Decoder, with_fresh_mixers
+from edgekit.models.weights import WeightStore
+from edgekit.runtime import Model, load
+from edgekit.sources import open_source
+
+KINDS = {
+    "softmax": {},
+    "q_head": {"mixer": "lawcat"},
+    "kv_head": {"mixer": "lawcat", "state_sharing": "kv_head"},
+    "hybrid": {"mixer": "lawcat", "softmax_layers": (1,)},
+}
+ENGINES = ("openvino", "onnx")
+Loader = Callable[..., Model]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `kind` or `engine` runs for each."""
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", list(KINDS))
+    if "engine" in metafunc.fixturenames:
+        metafunc.parametrize("engine", ENGINES)
+
+
+@pytest.fixture(scope="session")
+def bundle(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`bundle("hybrid")` is a directory with both engines, made once; treat it as read-only."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            out = tmp_path_factory.mktemp("bundles") / kind
+            source = tiny_checkpoint("llama")
+            convert(source, out, weights="fp32", verify=False, target="generic-x86", **KINDS[kind])
+            made[kind] = out
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def opened(bundle: Callable[[str], Path]) -> Loader:
+    """`opened("hybrid", "onnx", logits="all")` is a loaded model, made once."""
+    made: dict[tuple[str, str, str], Model] = {}
+
+    def make(kind: str, engine: str, logits: str = "last") -> Model:
+        key = (kind, engine, logits)
+        if key not in made:
+            made[key] = load(bundle(kind), engine=engine, logits=logits)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Decoder]:
+    """`reference("hybrid")` is the torch decoder of that bundle."""
+    made: dict[str, Decoder] = {}
+
+    def make(kind: str) -> Decoder:
+        if kind not in made:
+            config, weights = _student(tiny_checkpoint("llama"), kind)
+            made[kind] = Decoder.from_store(config, weights)
+        return made[kind]
+
+    return make
+
+
+def _student(checkpoint: Path, kind: str) -> tuple[DecoderConfig, WeightStore]:
+    source = open_source(checkpoint)
+    settings = KINDS[kind]
+    kept = settings.get("softmax_layers", ())
+    mixers = tuple(
+        "softmax" if i in kept else settings.get("mixer", "softmax")
+        for i in range(source.config.num_layers)
+    )
+    lawcat = LawcatConfig(state_sharing=settings.get("state_sharing", "q_head"))
+    config = source.config.with_mixers(mixers, lawcat)
+    return config, with_fresh_mixers(config, source.weights)
+
+
+@pytest.fixture(scope="session")
+def ids() -> np.ndarray:
+    """150 token ids: longer than a prefill block of either engine's recurrent chunks."""
+    return np.random.default_rng(7).integers(3, 320, 150)
+
+
+def torch_logits(decoder: Decoder, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Reference logits `[B, T, V]` of `ids [B, T]`."""
+    with torch.inference_mode():
+        given = None if mask is None else torch.from_numpy(mask)
+        return decoder(torch.from_numpy(ids), mask=given)[0].numpy()
