@@ -6,6 +6,8 @@ convolution and the feature map of a recurrent layer are never quantised, and wi
 embedding and the head stay at 8 bits.
 """
 
+import contextlib
+import io
 import logging
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -63,24 +65,33 @@ def _compress(
     import nncf
 
     nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bar has no switch
+        nncf.compress_weights(model, **_settings(weights_format, group_size, batches))
+
+
+def _settings(
+    weights_format: str, group_size: int, batches: list[dict[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Keyword arguments of `nncf.compress_weights`."""
+    import nncf
+
     ignored = nncf.IgnoredScope(patterns=[NEVER_QUANTISED], validate=False)
     if weights_format == "int8":
-        nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored)
-        return
-    options: dict[str, Any] = {}
-    if batches:
-        options = {"dataset": nncf.Dataset(batches), "awq": True, "scale_estimation": True}
+        return {"mode": nncf.CompressWeightsMode.INT8_SYM, "ignored_scope": ignored}
     fallback = nncf.GroupSizeFallbackMode.ADJUST
-    nncf.compress_weights(
-        model,
-        mode=nncf.CompressWeightsMode.INT4_SYM,
-        group_size=group_size,
-        ratio=1.0,
-        backup_mode=nncf.BackupMode.INT8_SYM,
-        ignored_scope=ignored,
-        advanced_parameters=nncf.AdvancedCompressionParameters(group_size_fallback_mode=fallback),
-        **options,
-    )
+    settings = {
+        "mode": nncf.CompressWeightsMode.INT4_SYM,
+        "group_size": group_size,
+        "ratio": 1.0,
+        "backup_mode": nncf.BackupMode.INT8_SYM,
+        "ignored_scope": ignored,
+        "advanced_parameters": nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=fallback
+        ),
+    }
+    if batches:
+        settings |= {"dataset": nncf.Dataset(batches), "awq": True, "scale_estimation": True}
+    return settings
 
 
 def _batches(config: DecoderConfig, calibration: np.ndarray | None) -> list[dict[str, np.ndarray]]:

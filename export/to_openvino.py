@@ -247,7 +247,7 @@ class OpenVinoGraph:
         end = op.add(self._time.length, _ints([size - 1]))
         self._assign(_slice(joined, self._time.length, end, 2), f"cache_params.past.conv.{layer}")
         kernel = self._constant(taps[:, None, None].contiguous())
-        y = op.group_convolution(joined, kernel, [1], [0], [0], [1]).output(0)
+        y = _named(op.group_convolution(joined, kernel, [1], [0], [0], [1]), q_name)
         y = op.transpose(y, _ints([0, 2, 1])).output(0)
         split = op.variadic_split(
             y,
@@ -262,7 +262,8 @@ class OpenVinoGraph:
         weight = self._weights.tensor(f"{name}.weight").float()
         both = torch.cat((weight, -weight), dim=2)
         per_query = both.repeat_interleave(config.num_heads // config.state_heads, dim=0)
-        return self._features(q, per_query, name), self._features(k, both, name)
+        queries = self._features(q, per_query, f"{name}.q")
+        return queries, self._features(k, both, f"{name}.k")
 
     def _features(self, x: Handle, weight: torch.Tensor, name: str) -> Handle:
         u = _named(
