@@ -40,7 +40,7 @@ def open_source(spec: str | Path, *, revision: str | None = None) -> Source:
     on_hub = isinstance(spec, str) and not path.exists() and HUB_ID.fullmatch(spec) is not None
     if revision is not None and not on_hub:
         raise UsageError(f"revision {revision!r} given for {spec}; allowed: with a Hub id only")
-    if path.is_dir():
+    if path.is_dir() and str(spec):  # Path("") is the current directory
         from edgekit.sources.hf import open_directory
 
         return open_directory(path)
