@@ -1,0 +1,246 @@
+"""The decoder on standard ONNX operators alone (opset 21), for engines without `com.microsoft`.
+
+The recurrence runs in chunks of C = min(T, 64) tokens under `Scan`, so any T is linear and T = 1 is
+one small chunk. With b the cumulative log decay inside a chunk, b_m its middle and b_C its last row
+(`kernels/gla/reference.py`):
+
+    n = tril((q e^{b - b_m}) (k e^{b_m - b})^T) v + (q e^b) S
+    S' = diag(e^{b_C}) S + (k e^{b_C - b})^T v
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from edgekit.export.onnx_graph import END, Kind, OnnxGraph
+from edgekit.export.onnx_values import Value
+
+__all__ = ["PortableGraph"]
+
+CHUNK = 64
+HIDDEN = -1e9
+
+
+class PortableGraph(OnnxGraph):
+    """`OnnxGraph` with operators of the standard only."""
+
+    def rms_norm(self, x: Value, name: str) -> Value:
+        """See `Graph.rms_norm`."""
+        return Value(self._norm(x.name, name))
+
+    def head_norm(self, x: Value, name: str) -> Value:
+        """See `Graph.head_norm`."""
+        return Value(functools.partial(self._head_norm, x, name))
+
+    def swiglu(self, gate: Value, up: Value) -> Value:
+        """See `Graph.swiglu`."""
+        name = gate.name.partition("/")[0].rpartition(".")[0] + ".swiglu"
+        sigmoid = self.file.node("Sigmoid", [gate.name], f"{name}.sigmoid")
+        active = self.file.node("Mul", [gate.name, sigmoid], f"{name}.silu")
+        return Value(self.file.node("Mul", [active, up.name], name))
+
+    def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
+        """See `Graph.attention`; the cache is a concatenation."""
+        config, name = self.config, f"model.layers.{layer}.self_attn.attention"
+        d, states, groups = config.head_dim, config.num_kv_heads, config.groups
+        queries = self._head_major(q.name, config.num_heads, f"{name}.q")
+        rows = self._reshape(queries, [0, states, -1, d], f"{name}.rows")
+        keys = self._grow(k, layer, "key", f"{name}.k")
+        values = self._grow(v, layer, "value", f"{name}.v")
+        turned = self.file.node("Transpose", [keys], f"{name}.k_turned", perm=[0, 1, 3, 2])
+        scale = self.file.constant(np.float32(d**-0.5), f"{name}.scale")
+        scaled = self.file.node("Mul", [rows, scale], f"{name}.scaled")
+        scores = self.file.node("MatMul", [scaled, turned], f"{name}.scores")
+        wide = self.file.constant([0, states, groups, -1])
+        shape = self.file.node("Concat", [wide, self.total], f"{name}.shape", axis=0)
+        scores = self.file.node("Reshape", [scores, shape], f"{name}.groups")
+        scores = self.file.node("Add", [scores, self._visible_bias], f"{name}.masked")
+        weights = self.file.node("Softmax", [scores], f"{name}.softmax", axis=-1)
+        flat = self.file.node(
+            "Concat", [self.file.constant([0, states, -1]), self.total], f"{name}.flat", axis=0
+        )
+        weights = self.file.node("Reshape", [weights, flat], f"{name}.weights")
+        y = self.file.node("MatMul", [weights, values], name)
+        y = self._reshape(y, [0, config.num_heads, -1, d], f"{name}.heads")
+        y = self.file.node("Transpose", [y], f"{name}.out", perm=[0, 2, 1, 3])
+        return Value(self._reshape(y, [0, 0, config.num_heads * d], f"{name}.flatten"))
+
+    def _norm(self, x: str, name: str) -> str:
+        weight = self.file.weight(f"{name}.weight", self.writer.array(f"{name}.weight"))
+        node, constant = self.file.node, self.file.constant
+        square = node("Pow", [x, constant(np.float32(2), "two")], f"{name}.square")
+        last = constant([-1])
+        mean = node("ReduceMean", [square, last], f"{name}.mean", keepdims=1)
+        eps = constant(np.float32(self.config.rms_norm_eps), "rms_norm_eps")
+        root = node("Sqrt", [node("Add", [mean, eps], f"{name}.plus_eps")], f"{name}.root")
+        return node("Mul", [node("Div", [x, root], f"{name}.unit"), weight], name)
+
+    def _head_norm(self, x: Value, name: str) -> str:
+        heads = self._reshape(x.name, [0, 0, -1, self.config.head_dim], f"{name}.heads")
+        return self._flatten_heads(self._norm(heads, name), f"{name}.flatten")
+
+    def _head_major(self, x: str, heads: int, name: str) -> str:
+        """`[B, T, heads * d]` to `[B, heads, T, d]`."""
+        apart = self._reshape(x, [0, 0, heads, self.config.head_dim], f"{name}.heads")
+        return self.file.node("Transpose", [apart], f"{name}.head_major", perm=[0, 2, 1, 3])
+
+    def _grow(self, x: Value, layer: int, kind: Kind, name: str) -> str:
+        new = self._head_major(x.name, self.config.num_kv_heads, name)
+        past, present = self.state(layer, kind)
+        return self.file.nodes("Concat", [past, new], f"{name}.cache", [present], axis=2)[0]
+
+    def _convolve(self, x: str, taps: str, past: str, present: str, name: str) -> str:
+        channels, _, size = self.file.shape(taps)
+        padded = self.file.node("Concat", [past, x], f"{name}.padded", axis=2)
+        bounds = [self.file.constant([n]) for n in (1 - size, END, 2)]
+        self.file.nodes("Slice", [padded, *bounds], f"{name}.tail", [present])
+        return self.file.node("Conv", [padded, taps], name, group=channels, kernel_shape=[size])
+
+    def _project(self, channels: str, weight: str, name: str) -> str:
+        rows = self.file.node("Transpose", [channels], f"{name}.rows", perm=[0, 1, 2, 4, 3])
+        return self.file.node("MatMul", [rows, weight], name)
+
+    def _log_sigmoid(self, minus_a: str, minus_bias: str, name: str) -> str:
+        logits = self.file.node("Add", [minus_a, minus_bias], f"{name}.bias")
+        softplus = self.file.node("Softplus", [logits], f"{name}.softplus")
+        scale = np.float32(-1.0 / self.config.lawcat.gate_divisor)
+        return self.file.node("Mul", [softplus, self.file.constant(scale, "gate_scale")], name)
+
+    def _recurrence(self, q: str, k: str, v: str, g: str, layer: int, name: str) -> str:
+        config = self.config
+        states, features, columns = config.state_heads, config.state_rows, config.value_columns
+        groups = config.num_heads // states
+        past, present = self.state(layer, "ssm")
+        chunked = [
+            self._chunked(q, [states, groups, features], [1, 0, 3, 4, 2, 5], f"{name}.q"),
+            self._chunked(k, [states, features], [1, 0, 3, 2, 4], f"{name}.k"),
+            self._chunked(v, [states, columns], [1, 0, 3, 2, 4], f"{name}.v"),
+            self._chunked(g, [states, features], [1, 0, 3, 2, 4], f"{name}.g"),
+        ]
+        _, pieces = self.file.nodes(
+            "Scan", [past, *chunked], name, [present, "*"], num_scan_inputs=4, body=self._body(name)
+        )  # [n, B, states, groups, C, columns]
+        rows = self.file.node("Transpose", [pieces], f"{name}.out", perm=[1, 0, 4, 2, 3, 5])
+        flat = self._reshape(rows, [0, -1, config.num_heads * columns], f"{name}.rows")
+        bounds = [self.file.constant([0]), self.time, self.file.constant([1])]
+        return self.file.node("Slice", [flat, *bounds], f"{name}.unpadded")
+
+    def _chunked(self, x: str, widths: Sequence[int], order: Sequence[int], name: str) -> str:
+        """`[B, T, widths]` padded to whole chunks and ordered `[n, B, heads.., C, width]`."""
+        filled = self.file.node("Pad", [x, self._chunk_padding], f"{name}.padded")
+        shape = [self.file.constant([0]), *self._chunk_shape, self.file.constant(list(widths))]
+        wanted = self.file.node("Concat", shape, f"{name}.chunk_shape", axis=0)
+        apart = self.file.node("Reshape", [filled, wanted], f"{name}.chunks")
+        return self.file.node("Transpose", [apart], f"{name}.chunk_major", perm=list(order))
+
+    @functools.cached_property
+    def _chunk_shape(self) -> tuple[str, str]:
+        """The numbers n and C, int64 `[1]`: n chunks of C tokens hold T."""
+        node, constant = self.file.node, self.file.constant
+        size = node("Min", [self.time, constant([CHUNK])], "chunk.size")
+        more = node(
+            "Sub", [node("Add", [self.time, size], "chunk.more"), constant([1])], "chunk.up"
+        )
+        return node("Div", [more, size], "chunk.count"), size
+
+    @functools.cached_property
+    def _chunk_padding(self) -> str:
+        """Pads of `[B, T, width]` up to whole chunks, int64 `[6]`."""
+        count, size = self._chunk_shape
+        whole = self.file.node("Mul", [count, size], "chunk.whole")
+        missing = self.file.node("Sub", [whole, self.time], "chunk.missing")
+        zeros, zero = self.file.constant([0, 0, 0, 0]), self.file.constant([0])
+        return self.file.node("Concat", [zeros, missing, zero], "chunk.padding", axis=0)
+
+    @functools.cached_property
+    def _lower(self) -> tuple[str, str, str]:
+        """The lower triangle of `[C, C]` as bool and as fp32, and the middle row's index `[1]`."""
+        node, size = self.file.node, self._chunk_shape[1]
+        shape = node("Concat", [size, size], "chunk.square", axis=0)
+        one = helper.make_tensor("value", TensorProto.FLOAT, [1], [1.0])
+        ones = node("ConstantOfShape", [shape], "chunk.ones", value=one)
+        lower = node("Trilu", [ones], "chunk.lower", upper=0)
+        visible = node("Cast", [lower], "chunk.visible", to=TensorProto.BOOL)
+        return visible, lower, node("Div", [size, self.file.constant([2])], "chunk.middle")
+
+    def _body(self, name: str) -> object:
+        """One chunk: S, q, k, v, g to S' and n; sees the triangle and the constants outside."""
+        visible, lower, middle = self._lower
+        zero = self.file.constant(np.float32(0), "zero")
+        last, axis = self.file.constant([-1]), self.file.constant([2])
+        steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+            ("MatMul", [lower, "g"], "b", {}),
+            ("Gather", ["b", middle], "anchor", {"axis": 2}),
+            ("Gather", ["b", last], "end", {"axis": 2}),
+            ("Sub", ["b", "anchor"], "b_after", {}),
+            ("Exp", ["b_after"], "grow", {}),
+            ("Unsqueeze", ["grow", axis], "grow_q", {}),
+            ("Mul", ["q", "grow_q"], "q_anchored", {}),
+            ("Sub", ["anchor", "b"], "b_before", {}),
+            ("Exp", ["b_before"], "shrink", {}),
+            ("Mul", ["k", "shrink"], "k_anchored", {}),
+            ("Transpose", ["k_anchored"], "k_turned", {"perm": [0, 1, 3, 2]}),
+            ("Unsqueeze", ["k_turned", axis], "k_shared", {}),
+            ("MatMul", ["q_anchored", "k_shared"], "pairs", {}),
+            ("Where", [visible, "pairs", zero], "weights", {}),
+            ("Unsqueeze", ["v", axis], "v_shared", {}),
+            ("MatMul", ["weights", "v_shared"], "inside", {}),
+            ("Exp", ["b"], "decay", {}),
+            ("Unsqueeze", ["decay", axis], "decay_q", {}),
+            ("Mul", ["q", "decay_q"], "q_decayed", {}),
+            ("Unsqueeze", ["S", axis], "S_shared", {}),
+            ("MatMul", ["q_decayed", "S_shared"], "before", {}),
+            ("Add", ["inside", "before"], "n", {}),
+            ("Sub", ["end", "b"], "b_left", {}),
+            ("Exp", ["b_left"], "left", {}),
+            ("Mul", ["k", "left"], "k_left", {}),
+            ("Transpose", ["k_left"], "k_columns", {"perm": [0, 1, 3, 2]}),
+            ("MatMul", ["k_columns", "v"], "update", {}),
+            ("Transpose", ["end"], "end_rows", {"perm": [0, 1, 3, 2]}),
+            ("Exp", ["end_rows"], "end_decay", {}),
+            ("Mul", ["S", "end_decay"], "kept", {}),
+            ("Add", ["kept", "update"], "S_next", {}),
+        ]
+        inner = {output for _, _, output, _ in steps} | {"S", "q", "k", "v", "g"}
+        rename = {value: f"{name}.chunk/{value}" for value in inner}
+        nodes = [
+            helper.make_node(
+                op,
+                [rename.get(i, i) for i in inputs],
+                [rename[output]],
+                rename[output],
+                **attributes,
+            )
+            for op, inputs, output, attributes in steps
+        ]
+        info = functools.partial(
+            helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=None
+        )
+        inputs = [info(rename[value]) for value in ("S", "q", "k", "v", "g")]
+        outputs = [info(rename[value]) for value in ("S_next", "n")]
+        return helper.make_graph(nodes, f"{name}.chunk", inputs, outputs)
+
+    @functools.cached_property
+    def _visible_bias(self) -> str:
+        """0 where a query sees a key, else very negative: `[B, 1, 1, T, S]`.
+
+        Causal and not padding; a padded query sees itself.
+        """
+        node, constant = self.file.node, self.file.constant
+        one = constant(np.asarray(1, np.int64), "bias.step")
+        end = self._reshape(self.total, [], "bias.end")
+        start = node("Sub", [end, self._reshape(self.time, [], "bias.time")], "bias.start")
+        zero = constant(np.asarray(0, np.int64), "bias.zero")
+        columns = node("Range", [zero, end, one], "bias.columns")
+        rows = node("Range", [start, end, one], "bias.range")
+        rows = node("Unsqueeze", [rows, constant([1])], "bias.rows")
+        causal = node("LessOrEqual", [columns, rows], "bias.causal")
+        itself = node("Equal", [columns, rows], "bias.itself")
+        present = node("Cast", [self._attention_mask], "bias.present", to=TensorProto.BOOL)
+        present = node("Unsqueeze", [present, constant([1, 2, 3])], "bias.keys")
+        seen = node("Or", [node("And", [causal, present], "bias.and"), itself], "bias.seen")
+        values = [constant(np.float32(x), "bias.value") for x in (0, HIDDEN)]
+        return node("Where", [seen, *values], "bias")
