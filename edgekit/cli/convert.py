@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgekit.cli.arguments import ENGINES, add_json, choices, layers
 from edgekit.cli.extras import extra
-from edgekit.cli.output import as_json, as_table, megabytes
+from edgekit.cli.output import as_json, as_table, size
 
 if TYPE_CHECKING:
     from edgekit.export.pipeline import ConvertReport
@@ -104,9 +104,9 @@ def _table(report: "ConvertReport") -> str:
     rows = [
         ("bundle", str(report.out)),
         ("time", f"{report.seconds:.1f} s"),
-        ("peak RSS", f"{megabytes(report.peak_rss_bytes)} (writing: "
-         f"{megabytes(report.write_peak_rss_bytes)})"),
-        *((f"{engine} model", megabytes(size)) for engine, size in report.model_bytes.items()),
+        ("peak RSS", f"{size(report.peak_rss_bytes)} (writing: "
+         f"{size(report.write_peak_rss_bytes)})"),
+        *((f"{engine} model", size(count)) for engine, count in report.model_bytes.items()),
         *(("note", note) for note in report.notes),
     ]  # fmt: skip
     checks = [

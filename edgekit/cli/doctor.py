@@ -21,19 +21,17 @@ HELP = "check packages, engines and devices of this machine"
 DISTRIBUTION = "edgekit-lm"
 # Installed beside edgekit without their dependencies, so their own pins are checked here.
 FOREIGN = ("optimum-intel",)
-CPU_FLAGS = tuple(
-    [
-        "sse4_2",
-        "avx2",
-        "fma",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-    ]
+CPU_FLAGS = (
+    "sse4_2",
+    "avx2",
+    "fma",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
 )
 
 

@@ -47,11 +47,9 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             threads=args.threads,
         )
-        where = args.engine or "bundle"
     else:
         result = source_perplexity(args.model, text, options)
-        where = "PyTorch fp32"
-    row = {"model": args.model, "on": where, "task": args.task, **dump(result)}
+    row = {"model": args.model, "task": args.task, **dump(result)}
     row |= {"window": options.window, "stride": options.step}
     print(as_json(row) if args.json else as_table((key, _short(v)) for key, v in row.items()))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgekit import bundle
 from edgekit.bundle import Manifest
 from edgekit.cli.arguments import add_json
-from edgekit.cli.output import as_json, as_table, megabytes
+from edgekit.cli.output import as_json, as_table, size
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(as_table(_summary(manifest)))
     print()
-    files = [(name, megabytes(f.size), f.sha256[:12]) for name, f in manifest.files.items()]
+    files = [(name, size(f.size), f.sha256[:12]) for name, f in manifest.files.items()]
     print(as_table(files, ("file", "size", "sha256")))
     if args.check:
         print(f"\nall {len(manifest.files)} files are as they were written")
@@ -55,7 +55,7 @@ def _summary(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "pipeline", " > ".join(str(step.get("step", step)) for step in manifest.pipeline) or "-"
     yield "versions", ", ".join(f"{name} {v}" for name, v in sorted(manifest.versions.items()))
     yield "verified", ", ".join(sorted(manifest.verification)) or "no"
-    yield "size", megabytes(sum(record.size for record in manifest.files.values()))
+    yield "size", size(sum(record.size for record in manifest.files.values()))
     yield "fingerprint", manifest.fingerprint[:16]
 
 

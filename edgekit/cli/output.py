@@ -8,7 +8,9 @@ from typing import Any
 from edgekit import config
 from edgekit.errors import UsageError
 
-__all__ = ["as_json", "as_markdown", "as_table", "megabytes", "read_text", "write_text"]
+__all__ = ["as_json", "as_markdown", "as_table", "read_text", "size", "write_text"]
+
+UNITS = ("B", "kB", "MB", "GB")
 
 
 def as_json(value: Any) -> str:
@@ -37,9 +39,12 @@ def as_markdown(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def megabytes(count: int | None) -> str:
-    """Bytes as `12.3 MB` (10**6), or `-` for None."""
-    return "-" if count is None else f"{count / 1e6:.1f} MB"
+def size(count: int | None) -> str:
+    """Bytes as `12.3 MB` (10**6) or the unit that fits, or `-` for None."""
+    if count is None:
+        return "-"
+    power = next((p for p in (3, 2, 1) if count >= 1000**p), 0)
+    return f"{count / 1000**power:.1f} {UNITS[power]}" if power else f"{count} {UNITS[0]}"
 
 
 def read_text(path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.cli.arguments import ENGINES, add_threads, choices, numbers, positive
-from edgekit.cli.output import as_json, as_markdown, as_table, megabytes, write_text
+from edgekit.cli.output import as_json, as_markdown, as_table, size, write_text
 
 if TYPE_CHECKING:
     from edgekit.runtime.latency import Report
@@ -120,7 +120,7 @@ class _Row:
         times = (
             "-" if t is None else f"{t:.2f}" for t in (self.ttft, self.p50, self.p90, self.p99)
         )
-        sizes = (megabytes(self.state), megabytes(self.rss))
+        sizes = (size(self.state), size(self.rss))
         return (self.bundle, self.engine, self.test, f"{self.rate:.1f}", *times, *sizes)
 
 
@@ -158,13 +158,13 @@ def _csv(rows: Iterable[_Row]) -> str:
 
 
 def _footer(report: "Report") -> str:
-    peak = megabytes(report.memory.total) if report.memory else "-"
+    peak = size(report.memory.total) if report.memory else "-"
     mixers = ", ".join(f"{count} {name}" for name, count in report.mixers.items())
     threads = "engine's choice" if report.threads is None else report.threads
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return (
         f"{report.bundle} on {report.engine} {report.device}: {report.weights}, {mixers}; "
-        f"model {megabytes(report.model_bytes)}, load {report.load_ms:.0f} ms, "
+        f"model {size(report.model_bytes)}, load {report.load_ms:.0f} ms, "
         f"compile {report.compile_ms:.0f} ms, peak RSS {peak}; "
         f"{report.repeat} repetitions, threads: {threads}; {report.cpu}, {report.cpu_count} CPUs; "
         f"{versions}; output md5 {report.output_md5[:12]}"

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print; returns the exit code."""
     from edgekit.runtime import load
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
     if not args.raw and TEMPLATE in model.manifest.files:
         prompt = model.chat_prompt([{"role": "user", "content": prompt}])

@@ -65,8 +65,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Perplexity:
-    """The result; `interval` is the 95 % one over windows, None with fewer than three."""
+    """The result.
 
+    Attributes:
+        engine: what computed it; `torch` for a source.
+        interval: of the perplexity, 95 %, from the spread over windows; None with fewer than three.
+        predictions: tokens predicted, that is, all but the first of each window.
+        bytes: UTF-8 length of the text that was read.
+    """
+
+    engine: str
     perplexity: float
     interval: tuple[float, float] | None
     bits_per_byte: float
@@ -109,7 +117,7 @@ def bundle_perplexity(
         return lambda ids: session.append(ids)[0]
 
     limit = model.manifest.model.context_length
-    return _perplexity(start, _Text.read(Path(bundle), text, options, limit), options)
+    return _perplexity(model.engine, start, _Text.read(Path(bundle), text, options, limit), options)
 
 
 def source_perplexity(source: str | Path, text: str, options: Options) -> Perplexity:
@@ -140,7 +148,7 @@ def source_perplexity(source: str | Path, text: str, options: Options) -> Perple
         return read
 
     limit = opened.config.context_length
-    return _perplexity(start, _Text.read(opened.directory, text, options, limit), options)
+    return _perplexity("torch", start, _Text.read(opened.directory, text, options, limit), options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,12 +171,13 @@ class _Text:
         return cls(ids=ids, bytes=len(decoded.encode()))
 
 
-def _perplexity(start: Start, text: _Text, options: Options) -> Perplexity:
+def _perplexity(engine: str, start: Start, text: _Text, options: Options) -> Perplexity:
     spans = list(_spans(len(text.ids), options))
     nats = [_window_nats(start(), text.ids[a:b], first - a) for a, b, first in spans]
     counts = [b - first for _, b, first in spans]
     mean = math.fsum(nats) / sum(counts)
     return Perplexity(
+        engine=engine,
         perplexity=math.exp(mean),
         interval=_interval(mean, [n / c for n, c in zip(nats, counts, strict=True)]),
         bits_per_byte=math.fsum(nats) / math.log(2) / text.bytes,

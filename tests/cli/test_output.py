@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.cli.output import as_json, as_markdown, as_table, megabytes, read_text, write_text
+from edgekit.cli.output import as_json, as_markdown, as_table, read_text, size, write_text
 from edgekit.errors import UsageError
 
 
@@ -20,9 +20,12 @@ def test_json_of_paths_and_tuples() -> None:
     assert json.loads(as_json({"out": Path("a"), "sizes": (1, 2)})) == {"out": "a", "sizes": [1, 2]}
 
 
-def test_megabytes() -> None:
-    assert megabytes(12_345_678) == "12.3 MB"
-    assert megabytes(None) == "-"
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "-"), (0, "0 B"), (999, "999 B"), (3840, "3.8 kB"), (12_345_678, "12.3 MB")],
+)
+def test_size(count: int | None, text: str) -> None:
+    assert size(count) == text
 
 
 def test_unreadable_text_is_named(tmp_path: Path) -> None:
