@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import onnxruntime  # type: ignore[import-untyped]
-from onnxruntime.capi import (  # type: ignore[import-untyped]
+import onnxruntime
+from onnxruntime.capi import (
     onnxruntime_pybind11_state as failures,
 )
 
@@ -104,24 +104,28 @@ class OnnxRequest(ABC):
 
     def infer(self, feeds: Mapping[str, Integers]) -> Floats:
         """Run the graph; the logits are written straight into the array that is returned."""
+        length = feeds["input_ids"].shape[1]
+        self._bind_states(length)
+        logits = self._call(feeds)
+        self._columns += length
+        self._keep_states()
+        return logits
+
+    def _call(self, feeds: Mapping[str, Integers]) -> Floats:
         batch, length = feeds["input_ids"].shape
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
         positions = 1
         if self._engine.all_positions:
             positions = length
-            self._binding.bind_cpu_input("logits_to_keep", np.array(length))
+            self._binding.bind_ortvalue_input("logits_to_keep", make(np.array(length)))
         logits = np.empty((batch, positions, self._engine.vocab), dtype=np.float32)
-        self._bind_states(length)
-        self._binding.bind_ortvalue_output(
-            "logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits)
-        )
+        self._binding.bind_ortvalue_output("logits", make(logits))
         try:
             self._engine.session.run_with_iobinding(self._binding)
         except FAILURES as cause:
             raise EngineError(f"ONNX Runtime failed: {cause}") from cause
-        self._columns += length
-        self._keep_states()
         return logits
 
     def reset(self, batch: int) -> None:
@@ -182,8 +186,23 @@ class InPlaceRequest(OnnxRequest):
                 self._buffers[record] = np.ascontiguousarray(array)
                 self._bind(record)
 
-    def _bind(self, record: StateRecord) -> None:
-        buffer = self._buffers[record]
+    def _call(self, feeds: Mapping[str, Integers]) -> Floats:
+        """Row by row where the attention operator takes only one sequence at a time."""
+        batch, length = feeds["input_ids"].shape
+        if batch == 1 or length == 1 or self._columns == 0 or not any(map(_grows, self._buffers)):
+            return super()._call(feeds)
+        logits = []
+        for row in range(batch):
+            alone = slice(row, row + 1)
+            for record in self._buffers:
+                self._bind(record, alone)
+            logits.append(super()._call({name: array[alone] for name, array in feeds.items()}))
+        for record in self._buffers:
+            self._bind(record)
+        return np.concatenate(logits)
+
+    def _bind(self, record: StateRecord, rows: slice = slice(None)) -> None:
+        buffer = self._buffers[record][rows]  # rows lie one after the other: a view
         if not buffer.size:
             return
         value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)

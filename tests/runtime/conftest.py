@@ -1,5 +1,6 @@
 """Tiny bundles of every kind on both engines, and the torch decoder that they came from."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ KINDS = {
 }
 ENGINES = ("openvino", "onnx")
 Loader = Callable[..., Model]
+Reference = Callable[..., np.ndarray]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,15 +67,15 @@ def opened(bundle: Callable[[str], Path]) -> Loader:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Decoder]:
-    """`reference("hybrid")` is the torch decoder of that bundle."""
+def reference(tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Reference]:
+    """`reference("hybrid")(ids, mask)` are the torch decoder's logits `[B, T, V]`."""
     made: dict[str, Decoder] = {}
 
-    def make(kind: str) -> Decoder:
+    def make(kind: str) -> Reference:
         if kind not in made:
             config, weights = _student(tiny_checkpoint("llama"), kind)
             made[kind] = Decoder.from_store(config, weights)
-        return made[kind]
+        return functools.partial(_torch_logits, made[kind])
 
     return make
 
@@ -97,8 +99,7 @@ def ids() -> np.ndarray:
     return np.random.default_rng(7).integers(3, 320, 150)
 
 
-def torch_logits(decoder: Decoder, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Reference logits `[B, T, V]` of `ids [B, T]`."""
+def _torch_logits(decoder: Decoder, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     with torch.inference_mode():
         given = None if mask is None else torch.from_numpy(mask)
         return decoder(torch.from_numpy(ids), mask=given)[0].numpy()
