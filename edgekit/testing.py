@@ -135,7 +135,7 @@ def _randomise(model: torch.nn.Module) -> None:
 
 def _write_tiny_tokenizer(directory: Path) -> None:
     """A byte-level BPE with single digits and the ChatML markers, in Hugging Face's files."""
-    from tokenizers import (  # type: ignore[import-untyped]
+    from tokenizers import (
         AddedToken,
         Tokenizer,
         decoders,

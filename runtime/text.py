@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers  # type: ignore[import-untyped]
+import tokenizers
 
 from edgekit.errors import BundleError, UsageError
 from edgekit.runtime import chat
