@@ -43,7 +43,7 @@ def _last_valid(padded: torch.Tensor, mask: torch.Tensor | None, count: int) -> 
     """The `count` columns that end at each row's last valid one."""
     width = padded.shape[2]
     if mask is None:
-        return padded[:, :, width - count :]
+        return padded[:, :, width - count :].clone()  # a view would keep the whole input alive
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     end = (mask.to(torch.int64) * steps).amax(dim=1)  # columns of the input up to the last token
     columns = end[:, None] + torch.arange(count, device=mask.device)
