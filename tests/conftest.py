@@ -18,7 +18,7 @@ TinyCheckpoint = Callable[..., Path]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
     # torch.empty and its relatives then return NaN, so a cell that nobody wrote shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
