@@ -21,7 +21,8 @@ import sys
 for name in ("torch", "transformers", "onnx", "nncf", "optimum", *sys.argv[3:]):
     sys.modules[name] = None
 import edgekit.runtime
-assert not {"openvino", "onnxruntime"} & set(sys.modules), "an engine was imported too early"
+early = [name for name in ("openvino", "onnxruntime") if sys.modules.get(name)]
+assert not early, f"imported too early: {early}"
 model = edgekit.runtime.load(sys.argv[1], engine=sys.argv[2])
 print(len(model.generate("The capital", max_new_tokens=4)) > 0)
 prompt = model.chat_prompt([{"role": "user", "content": "Hi"}])
