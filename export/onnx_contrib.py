@@ -19,6 +19,7 @@ from edgekit.models.rope import rope_tables
 
 __all__ = ["ContribGraph"]
 
+ROTARY_UNIT = 16  # the operator rotates heads of a multiple of this width only
 HIDDEN = -1e9  # attention bias of padding; finite, so that a row of padding stays a number
 
 
@@ -54,9 +55,10 @@ class ContribGraph(OnnxGraph):
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         """See `Graph.attention`; rotation, cache and softmax are one operator."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
-        rotary = isinstance(q, Rotated) and isinstance(k, Rotated)
+        rotary = False
         if isinstance(q, Rotated) and isinstance(k, Rotated):
-            q, k = q.source, k.source
+            rotary = config.head_dim % ROTARY_UNIT == 0
+            q, k = (q.source, k.source) if rotary else (q, k)
         packed = _packed(q, k, v)
         inputs = [packed, "", ""] if packed else [q.name, k.name, v.name]
         keys, values = self.state(layer, "key"), self.state(layer, "value")

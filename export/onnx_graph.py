@@ -123,7 +123,8 @@ class OnnxGraph:
         bounds = [start, self.file.constant([END]), self.file.constant([1])]
         last = self.file.node("Slice", [x.name, *bounds], "last_position")
         logits = self._table.head(last, name)
-        shape = ["batch", "positions", self.config.vocab_size]
+        # Declared as the default's shape: onnxruntime-genai reads from it how much to allocate.
+        shape = ("batch", 1, self.config.vocab_size)
         self.file.rename_output(logits, self.file.output("logits", TensorProto.FLOAT, shape))
 
     @abstractmethod
