@@ -124,7 +124,7 @@ class OnnxGraph:
         last = self.file.node("Slice", [x.name, *bounds], "last_position")
         logits = self._table.head(last, name)
         # Declared as the default's shape: onnxruntime-genai reads from it how much to allocate.
-        shape = ("batch", 1, self.config.vocab_size)
+        shape: list[str | int] = ["batch", 1, self.config.vocab_size]
         self.file.rename_output(logits, self.file.output("logits", TensorProto.FLOAT, shape))
 
     @abstractmethod

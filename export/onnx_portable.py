@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper
 
 from edgekit.export.onnx_graph import END, Kind, OnnxGraph
@@ -22,6 +23,45 @@ __all__ = ["PortableGraph"]
 
 CHUNK = 64
 HIDDEN = -1e9
+CHUNK_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "Gather": {"axis": 2},
+    "Transpose": {"perm": [0, 1, 3, 2]},
+}
+# One chunk, each step as output, operator, inputs: q [B, S, G, C, F]; k, g [B, S, C, F];
+# v [B, S, C, V]; state S [B, S, F, V]; `lower`, `visible` and `middle` see `PortableGraph._lower`.
+CHUNK_STEPS = (
+    ("b", "MatMul", "lower g"),
+    ("anchor", "Gather", "b middle"),
+    ("end", "Gather", "b last"),
+    ("b_after", "Sub", "b anchor"),
+    ("grow", "Exp", "b_after"),
+    ("grow_q", "Unsqueeze", "grow axis"),
+    ("q_anchored", "Mul", "q grow_q"),
+    ("b_before", "Sub", "anchor b"),
+    ("shrink", "Exp", "b_before"),
+    ("k_anchored", "Mul", "k shrink"),
+    ("k_turned", "Transpose", "k_anchored"),
+    ("k_shared", "Unsqueeze", "k_turned axis"),
+    ("pairs", "MatMul", "q_anchored k_shared"),
+    ("weights", "Where", "visible pairs zero"),
+    ("v_shared", "Unsqueeze", "v axis"),
+    ("inside", "MatMul", "weights v_shared"),
+    ("decay", "Exp", "b"),
+    ("decay_q", "Unsqueeze", "decay axis"),
+    ("q_decayed", "Mul", "q decay_q"),
+    ("S_shared", "Unsqueeze", "S axis"),
+    ("before", "MatMul", "q_decayed S_shared"),
+    ("n", "Add", "inside before"),
+    ("b_left", "Sub", "end b"),
+    ("left", "Exp", "b_left"),
+    ("k_left", "Mul", "k left"),
+    ("k_columns", "Transpose", "k_left"),
+    ("update", "MatMul", "k_columns v"),
+    ("end_rows", "Transpose", "end"),
+    ("end_decay", "Exp", "end_rows"),
+    ("kept", "Mul", "S end_decay"),
+    ("S_next", "Add", "kept update"),
+)
 
 
 class PortableGraph(OnnxGraph):
@@ -159,69 +199,40 @@ class PortableGraph(OnnxGraph):
     def _lower(self) -> tuple[str, str, str]:
         """The lower triangle of `[C, C]` as bool and as fp32, and the middle row's index `[1]`."""
         node, size = self.file.node, self._chunk_shape[1]
-        shape = node("Concat", [size, size], "chunk.square", axis=0)
-        one = helper.make_tensor("value", TensorProto.FLOAT, [1], [1.0])
-        ones = node("ConstantOfShape", [shape], "chunk.ones", value=one)
-        lower = node("Trilu", [ones], "chunk.lower", upper=0)
-        visible = node("Cast", [lower], "chunk.visible", to=TensorProto.BOOL)
+        ends = [np.asarray(n, np.int64) for n in (0, 1)]
+        start, step = (self.file.constant(n, "chunk.range") for n in ends)
+        end = self._reshape(size, [], "chunk.end")
+        columns = node("Range", [start, end, step], "chunk.columns")
+        rows = node("Unsqueeze", [columns, self.file.constant([1])], "chunk.rows")
+        visible = node("LessOrEqual", [columns, rows], "chunk.visible")
+        lower = node("Cast", [visible], "chunk.lower", to=TensorProto.FLOAT)
         return visible, lower, node("Div", [size, self.file.constant([2])], "chunk.middle")
 
-    def _body(self, name: str) -> object:
-        """One chunk: S, q, k, v, g to S' and n; sees the triangle and the constants outside."""
+    def _body(self, name: str) -> onnx.GraphProto:
+        """The chunk `CHUNK_STEPS` as a graph: S, q, k, v, g to S' and n."""
         visible, lower, middle = self._lower
-        zero = self.file.constant(np.float32(0), "zero")
-        last, axis = self.file.constant([-1]), self.file.constant([2])
-        steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-            ("MatMul", [lower, "g"], "b", {}),
-            ("Gather", ["b", middle], "anchor", {"axis": 2}),
-            ("Gather", ["b", last], "end", {"axis": 2}),
-            ("Sub", ["b", "anchor"], "b_after", {}),
-            ("Exp", ["b_after"], "grow", {}),
-            ("Unsqueeze", ["grow", axis], "grow_q", {}),
-            ("Mul", ["q", "grow_q"], "q_anchored", {}),
-            ("Sub", ["anchor", "b"], "b_before", {}),
-            ("Exp", ["b_before"], "shrink", {}),
-            ("Mul", ["k", "shrink"], "k_anchored", {}),
-            ("Transpose", ["k_anchored"], "k_turned", {"perm": [0, 1, 3, 2]}),
-            ("Unsqueeze", ["k_turned", axis], "k_shared", {}),
-            ("MatMul", ["q_anchored", "k_shared"], "pairs", {}),
-            ("Where", [visible, "pairs", zero], "weights", {}),
-            ("Unsqueeze", ["v", axis], "v_shared", {}),
-            ("MatMul", ["weights", "v_shared"], "inside", {}),
-            ("Exp", ["b"], "decay", {}),
-            ("Unsqueeze", ["decay", axis], "decay_q", {}),
-            ("Mul", ["q", "decay_q"], "q_decayed", {}),
-            ("Unsqueeze", ["S", axis], "S_shared", {}),
-            ("MatMul", ["q_decayed", "S_shared"], "before", {}),
-            ("Add", ["inside", "before"], "n", {}),
-            ("Sub", ["end", "b"], "b_left", {}),
-            ("Exp", ["b_left"], "left", {}),
-            ("Mul", ["k", "left"], "k_left", {}),
-            ("Transpose", ["k_left"], "k_columns", {"perm": [0, 1, 3, 2]}),
-            ("MatMul", ["k_columns", "v"], "update", {}),
-            ("Transpose", ["end"], "end_rows", {"perm": [0, 1, 3, 2]}),
-            ("Exp", ["end_rows"], "end_decay", {}),
-            ("Mul", ["S", "end_decay"], "kept", {}),
-            ("Add", ["kept", "update"], "S_next", {}),
+        outer = {
+            "visible": visible,
+            "lower": lower,
+            "middle": middle,
+            "zero": self.file.constant(np.float32(0), "zero"),
+            "last": self.file.constant([-1]),
+            "axis": self.file.constant([2]),
+        }
+
+        def inner(value: str) -> str:
+            return outer.get(value) or f"{name}.chunk/{value}"
+
+        nodes = []
+        for output, op, inputs in CHUNK_STEPS:
+            attributes = CHUNK_ATTRIBUTES.get(op, {})
+            names = [inner(value) for value in inputs.split()]
+            nodes.append(helper.make_node(op, names, [inner(output)], inner(output), **attributes))
+        ports = [
+            helper.make_tensor_value_info(inner(value), TensorProto.FLOAT, None)
+            for value in ("S", "q", "k", "v", "g", "S_next", "n")
         ]
-        inner = {output for _, _, output, _ in steps} | {"S", "q", "k", "v", "g"}
-        rename = {value: f"{name}.chunk/{value}" for value in inner}
-        nodes = [
-            helper.make_node(
-                op,
-                [rename.get(i, i) for i in inputs],
-                [rename[output]],
-                rename[output],
-                **attributes,
-            )
-            for op, inputs, output, attributes in steps
-        ]
-        info = functools.partial(
-            helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=None
-        )
-        inputs = [info(rename[value]) for value in ("S", "q", "k", "v", "g")]
-        outputs = [info(rename[value]) for value in ("S_next", "n")]
-        return helper.make_graph(nodes, f"{name}.chunk", inputs, outputs)
+        return helper.make_graph(nodes, f"{name}.chunk", ports[:5], ports[5:])
 
     @functools.cached_property
     def _visible_bias(self) -> str:
