@@ -15,7 +15,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +28,7 @@ from edgekit.runtime.engine import Floats, Integers
 from edgekit.runtime.memory import Memory, measure_memory
 from edgekit.runtime.workload import (
     Options,
+    Progress,
     at_depths,
     check_context,
     greedy,
@@ -102,12 +103,13 @@ class Report:
     versions: dict[str, str]
 
 
-def measure(bundle: str | Path, options: Options) -> Report:
+def measure(bundle: str | Path, options: Options, progress: Progress | None = None) -> Report:
     """Load a bundle and measure it.
 
     Args:
         bundle: its directory.
         options: what to measure.
+        progress: called with a step's name, its number and the count of steps.
 
     Raises:
         BundleError: if it is not a sound bundle.
@@ -115,21 +117,33 @@ def measure(bundle: str | Path, options: Options) -> Report:
         UsageError: if a softmax layer's context is shorter than a prompt or depth asked for.
     """
     before = os.getloadavg()[0]
+    tell = _teller(options, progress)
     model = open_model(bundle, options)
     check_context(model, options)
     ids = prompt_ids(model, options.longest)
-    prefill = tuple(_prefill(model, ids[:n], options.repeat) for n in options.prompts)
-    decode, output = _sweep(model, ids, options)
+    prefill = []
+    for length in options.prompts:
+        tell(f"read {length} tokens")
+        prefill.append(_prefill(model, ids[:length], options.repeat))
+    decode, output = _sweep(model, ids, options, tell)
     facts = _facts(model, bundle, options)
+    tell("memory, in a second process")
     del model  # the second process must not share the machine's memory with a loaded model
     return Report(
         **facts,
-        prefill=prefill,
+        prefill=tuple(prefill),
         decode=decode,
         memory=measure_memory(bundle, options) if options.memory else None,
         output_md5=hashlib.md5(",".join(map(str, output)).encode()).hexdigest(),
         load_average=(before, os.getloadavg()[0]),
     )
+
+
+def _teller(options: Options, progress: Progress | None) -> Callable[[str], None]:
+    """A function that announces the next step."""
+    count = 1 + len(options.prompts) + len(set(options.depths))
+    numbers = iter(range(count))
+    return lambda name: None if progress is None else progress(name, next(numbers), count)
 
 
 def _prefill(model: Model, ids: Integers, repeat: int) -> Prefill:
@@ -148,10 +162,13 @@ def _prefill(model: Model, ids: Integers, repeat: int) -> Prefill:
     )
 
 
-def _sweep(model: Model, ids: Integers, options: Options) -> tuple[tuple[Decode, ...], list[int]]:
+def _sweep(
+    model: Model, ids: Integers, options: Options, tell: Callable[[str], None]
+) -> tuple[tuple[Decode, ...], list[int]]:
     """Decode at each depth, reading on from the depth before; also the last greedy output."""
     rows, output = [], list[int]()
     for depth, session, logits in at_depths(model, ids, options.depths):
+        tell(f"decode at depth {depth}")
         row, output = _decode(session, logits, depth, options)
         rows.append(row)
     return tuple(rows), output

@@ -1,7 +1,7 @@
 """What the measurements feed a model: the same text, depths and steps for time and memory."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,17 @@ from edgekit.errors import UsageError
 from edgekit.runtime import Model, Session, load
 from edgekit.runtime.engine import Floats, Integers
 
-__all__ = ["Options", "at_depths", "check_context", "greedy", "open_model", "prompt_ids"]
+__all__ = [
+    "Options",
+    "Progress",
+    "at_depths",
+    "check_context",
+    "greedy",
+    "open_model",
+    "prompt_ids",
+]
+
+Progress = Callable[[str, int, int], None]
 
 TEXT = (
     "The river had been rising since noon, and by the time the lamps were lit the old bridge "

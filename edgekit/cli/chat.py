@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
             _show(conversation.answer(line))
             if args.stats and conversation.stats is not None:
                 print(stats_line(model, conversation.stats), file=sys.stderr)
-        except EdgekitError as error:
+        except (EdgekitError, KeyboardInterrupt) as error:
             if not sys.stdin.isatty():
                 raise
-            print(f"edgekit: {error}", file=sys.stderr)
+            print(f"edgekit: {str(error) or 'answer stopped'}", file=sys.stderr)
     return 0
 
 

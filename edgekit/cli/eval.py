@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgekit.bundle import MANIFEST
 from edgekit.cli.arguments import add_engine, add_json, positive
+from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table, read_text
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -33,22 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
+    from edgekit.cli.progress import Progress
     from edgekit.config import dump
     from edgekit.eval.perplexity import Options, bundle_perplexity, source_perplexity
 
     options = Options(window=args.window, stride=args.stride, max_tokens=args.max_tokens)
     text = "".join(read_text(path) for path in args.text)
-    if (Path(args.model) / MANIFEST).is_file():
-        result = bundle_perplexity(
-            args.model,
-            text,
-            options,
-            engine=args.engine,
-            device=args.device,
-            threads=args.threads,
-        )
-    else:
-        result = source_perplexity(args.model, text, options)
+    with Progress() as progress:
+        if (Path(args.model) / MANIFEST).is_file():
+            result = bundle_perplexity(
+                args.model,
+                text,
+                options,
+                engine=args.engine,
+                device=args.device,
+                threads=args.threads,
+                progress=progress.step,
+            )
+        else:
+            with extra("convert"):
+                result = source_perplexity(args.model, text, options, progress=progress.step)
     row = {"model": args.model, "task": args.task, **dump(result)}
     row |= {"window": options.window, "stride": options.step}
     print(as_json(row) if args.json else as_table((key, _short(v)) for key, v in row.items()))

@@ -5,6 +5,7 @@ A verb's file is called after the verb and holds `HELP`, `add_arguments(parser)`
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -69,27 +70,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 on failure, 2 on wrong usage, 130 when interrupted.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     try:
         args = build_parser().parse_args(arguments)
         code: int = args.handler(args)
         sys.stdout.flush()
     except EdgekitError as error:
         return _fail(error, debug="--debug" in arguments)
-    except KeyboardInterrupt:
-        print("edgekit: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone; without this, Python complains while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("edgekit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # the edge of the process: a bug of ours, or the system's refusal
+        return _fail(error, debug="--debug" in arguments)
     return code
 
 
-def _fail(error: EdgekitError, *, debug: bool) -> int:
+def _fail(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"edgekit: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.exit_code
+    message = " ".join(str(error).split())
+    if not isinstance(error, EdgekitError):
+        message = f"{type(error).__name__}: {message}; --debug shows where"
+    print(f"edgekit: error: {message}", file=sys.stderr)
+    return error.exit_code if isinstance(error, EdgekitError) else 1
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
+    from edgekit.cli.progress import Progress
     from edgekit.runtime.latency import Options, measure
 
     reports = []
@@ -74,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             threads=args.threads,
         )
-        reports.append(measure(args.bundle, options))
+        with Progress() as progress:
+            reports.append(measure(args.bundle, options, progress.step))
     _warn_if_busy(reports[0])  # the load before a later one is that of the earlier
     write_text(_render(reports, args.format), args.output)
     return 0

@@ -10,6 +10,8 @@ from rich.progress import Progress as RichProgress
 
 __all__ = ["Progress"]
 
+LINES = 20
+
 
 class Progress:
     """Shows the steps of a long command; use it as a context and pass `step` on."""
@@ -38,9 +40,14 @@ class Progress:
             self._bar.stop()
 
     def step(self, name: str, number: int, count: int) -> None:
-        """Say that step `number` (from 0) of `count`, called `name`, begins."""
+        """Say that step `number` (from 0) of `count`, called `name`, begins.
+
+        Of many steps, plain output tells about LINES.
+        """
         if self._bar is not None:
             self._bar.update(self._task, description=name, completed=number, total=count)
+            return
+        if number and number * LINES // count == (number - 1) * LINES // count:
             return
         seconds = time.perf_counter() - self._started
         print(f"[{number + 1}/{count}] {name} ({seconds:.0f} s)", file=sys.stderr, flush=True)

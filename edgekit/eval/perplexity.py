@@ -28,6 +28,7 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Read = Callable[[Integers], Floats]
 Start = Callable[[], Read]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +93,7 @@ def bundle_perplexity(
     engine: str | None = None,
     device: str = "CPU",
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Perplexity of a bundle, through `edgekit.runtime` and without torch.
 
@@ -102,6 +104,7 @@ def bundle_perplexity(
         engine: `openvino` or `onnx`; None: the first that works.
         device: the engine's device name.
         threads: CPU threads; None: the engine's choice.
+        progress: called with a step's name, its number and the count of steps.
 
     Raises:
         BundleError: if the bundle is damaged.
@@ -117,11 +120,20 @@ def bundle_perplexity(
         return lambda ids: session.append(ids)[0]
 
     limit = model.manifest.model.context_length
-    return _perplexity(model.engine, start, _Text.read(Path(bundle), text, options, limit), options)
+    whole = _Text.read(Path(bundle), text, options, limit)
+    return _perplexity(model.engine, start, whole, options, progress)
 
 
-def source_perplexity(source: str | Path, text: str, options: Options) -> Perplexity:
+def source_perplexity(
+    source: str | Path, text: str, options: Options, *, progress: Progress | None = None
+) -> Perplexity:
     """Perplexity of a source (`edgekit.sources.open_source`) in PyTorch, fp32.
+
+    Args:
+        source: a Hugging Face directory or Hub id, a `.gguf` file, or a built-in name.
+        text: what to read.
+        options: windows.
+        progress: as `bundle_perplexity`.
 
     Raises:
         SourceError: if the source cannot be read.
@@ -148,7 +160,8 @@ def source_perplexity(source: str | Path, text: str, options: Options) -> Perple
         return read
 
     limit = opened.config.context_length
-    return _perplexity("torch", start, _Text.read(opened.directory, text, options, limit), options)
+    whole = _Text.read(opened.directory, text, options, limit)
+    return _perplexity("torch", start, whole, options, progress)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,9 +184,15 @@ class _Text:
         return cls(ids=ids, bytes=len(decoded.encode()))
 
 
-def _perplexity(engine: str, start: Start, text: _Text, options: Options) -> Perplexity:
+def _perplexity(
+    engine: str, start: Start, text: _Text, options: Options, progress: Progress | None
+) -> Perplexity:
     spans = list(_spans(len(text.ids), options))
-    nats = [_window_nats(start(), text.ids[a:b], first - a) for a, b, first in spans]
+    nats = []
+    for number, (a, b, first) in enumerate(spans):
+        if progress is not None:
+            progress(f"window {number + 1}", number, len(spans))
+        nats.append(_window_nats(start(), text.ids[a:b], first - a))
     counts = [b - first for _, b, first in spans]
     mean = math.fsum(nats) / sum(counts)
     return Perplexity(

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,3 +155,40 @@ def _absent(name, path=None, target=None):
     assert "torch is not installed" in done.stderr
     assert 'pip install "edgekit-lm[convert]"' in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_ends_with_130(lawcat_bundle: Path) -> None:
+    command = [sys.executable, "-P", "-m", "edgekit", "run", str(lawcat_bundle), "-p", "x"]
+    with subprocess.Popen(
+        [*command, "--ignore-eos", "-n", "10000000", "--engine", "openvino"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert process.returncode == 130
+    assert error == b"edgekit: interrupted\n"
+
+
+def test_text_that_the_terminal_cannot_show_is_no_error(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "edgekit", "run", str(bundle), "-p", "\u00e9"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, "-n", "1", "--json"],
+        env=environment,
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"user\\n?" in done.stdout
+
+
+def test_unforeseen_error_is_one_line_too(edgekit: Edgekit, tmp_path: Path) -> None:
+    (tmp_path / "edgekit.json").write_text("[" * 100_000)  # deeper than json can follow
+    done = edgekit("inspect", tmp_path)
+    assert done.code == 1
+    assert done.err.startswith("edgekit: error: ")
+    assert done.err.count("\n") == 1
