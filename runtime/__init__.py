@@ -1,9 +1,17 @@
-"""Run a bundle on a device: numpy and one engine, nothing else.
+"""Run a bundle on a device: numpy, a tokenizer and one engine; no torch.
 
-Example:
-    >>> from edgekit.runtime import load                             # doctest: +SKIP
-    >>> model = load("smollm2")                                      # doctest: +SKIP
-    >>> model.generate("The capital of France is", max_new_tokens=3)     # doctest: +SKIP
+Example (of SmolLM2-135M-Instruct, all softmax, int4; the last line is the same at any position of a
+LAWCAT bundle):
+    >>> from edgekit.runtime import load                                       # doctest: +SKIP
+    >>> model = load("smollm2", engine="onnx")                                 # doctest: +SKIP
+    >>> question = [{"role": "user", "content": "What is the capital of France?"}]
+    >>> model.generate(model.chat_prompt(question), max_new_tokens=16)         # doctest: +SKIP
+    'The capital of France is Paris, France.'
+    >>> session = model.session()                                              # doctest: +SKIP
+    >>> session.append(model.tokenizer.encode("Hello")).shape                  # doctest: +SKIP
+    (1, 49152)
+    >>> session.position, session.state_bytes                                  # doctest: +SKIP
+    (1, 46080)
 """
 
 from edgekit.runtime.generation import GenerationStats
