@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgekit.export.onnx_graph import LAST_LOGITS
 from edgekit.models.config import DecoderConfig
 
 __all__ = ["genai_config", "write_genai_config"]
@@ -38,7 +39,7 @@ def genai_config(config: DecoderConfig, *, shared_cache: bool) -> dict[str, Any]
             "past_value_names": "past_key_values.%d.value",
         },
         "outputs": {
-            "logits": "logits",
+            "logits": LAST_LOGITS,
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },

@@ -31,9 +31,10 @@ from edgekit.export.states import state_records
 from edgekit.models.config import DecoderConfig
 from edgekit.models.rope import inverse_frequencies
 
-__all__ = ["OnnxGraph"]
+__all__ = ["LAST_LOGITS", "OnnxGraph"]
 
 FEATURE_FLOOR = 1e-12
+LAST_LOGITS = "last_logits"
 END = np.iinfo(np.int64).max
 Kind = Literal["conv", "ssm", "key", "value"]
 
@@ -123,9 +124,13 @@ class OnnxGraph:
         bounds = [start, self.file.constant([END]), self.file.constant([1])]
         last = self.file.node("Slice", [x.name, *bounds], "last_position")
         logits = self._table.head(last, name)
-        # Declared as the default's shape: onnxruntime-genai reads from it how much to allocate.
-        shape: list[str | int] = ["batch", 1, self.config.vocab_size]
-        self.file.rename_output(logits, self.file.output("logits", TensorProto.FLOAT, shape))
+        vocab = self.config.vocab_size
+        every = self.file.output("logits", TensorProto.FLOAT, ["batch", "positions", vocab])
+        self.file.rename_output(logits, every)
+        # The same for onnxruntime-genai, which must read in the shape that there is one position.
+        one = self.file.output(LAST_LOGITS, TensorProto.FLOAT, ["batch", 1, vocab])
+        bounds = [self.file.constant([n]) for n in (-1, END, 1)]
+        self.file.nodes("Slice", [every, *bounds], LAST_LOGITS, [one])
 
     @abstractmethod
     def rms_norm(self, x: Value, name: str) -> Value:

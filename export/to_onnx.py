@@ -2,8 +2,8 @@
 
 Inputs: `input_ids` int64 `[B, T]`, `attention_mask` int64 `[B, S]` over everything so far,
 `position_ids` int64 `[B, T]` if a layer reads positions, the states, and an optional
-`logits_to_keep` (int64 scalar, default 1). Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`
-and the states after, under the names of `states.state_records`.
+`logits_to_keep` (int64 scalar, default 1). Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`,
+`last_logits` `[B, 1, V]`, and the states after, under the names of `states.state_records`.
 """
 
 from pathlib import Path
