@@ -1,7 +1,6 @@
 """Run a bundle on a device: numpy, a tokenizer and one engine; no torch.
 
-Example (of SmolLM2-135M-Instruct, all softmax, int4; the last line is the same at any position of a
-LAWCAT bundle):
+Example (SmolLM2-135M-Instruct, all softmax, int4; with LAWCAT the state's bytes never change):
     >>> from edgekit.runtime import load                                       # doctest: +SKIP
     >>> model = load("smollm2", engine="onnx")                                 # doctest: +SKIP
     >>> question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -38,6 +38,7 @@ FAILURES = (
     failures.NoSuchFile,
     failures.NotImplemented,
     failures.RuntimeException,
+    RuntimeError,  # what a failed run raises
 )
 
 
