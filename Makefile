@@ -29,9 +29,9 @@ demo: $(STAMP)  ## convert a real model twice, ask it something, measure it (abo
 	$(BIN)/edgekit convert smollm2-135m-instruct -o $(DEMO)/lawcat --weights int4 --mixer lawcat --state-sharing kv_head
 	$(BIN)/edgekit run $(DEMO)/softmax --engine openvino -p "What is the capital of France?" --stats
 	$(BIN)/edgekit run $(DEMO)/softmax --engine onnx -p "What is the capital of France?" --stats
-	$(BIN)/edgekit profile $(DEMO)/softmax --engine openvino,onnx --prompt 128,1024 --depth 0,1024,4096 --gen 32 --repeat 2
+	$(BIN)/edgekit profile $(DEMO)/softmax --engine openvino,onnx --prompt 512 --depth 0,1024,4096 --gen 32 --repeat 2
 	@echo "The lawcat bundle is not distilled: it shows speed and constant memory, not answers."
-	$(BIN)/edgekit profile $(DEMO)/lawcat --engine openvino,onnx --prompt 128,1024 --depth 0,1024,4096 --gen 32 --repeat 2
+	$(BIN)/edgekit profile $(DEMO)/lawcat --engine openvino,onnx --prompt 512 --depth 0,1024,4096 --gen 32 --repeat 2
 
 test: $(STAMP)  ## run the tests that need no GPU and little time
 	$(BIN)/pytest -m "not gpu and not slow and not peer"

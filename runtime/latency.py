@@ -167,8 +167,7 @@ def _sweep(
 ) -> tuple[tuple[Decode, ...], list[int]]:
     """Decode at each depth, reading on from the depth before; also the last greedy output."""
     rows, output = [], list[int]()
-    for depth, session, logits in at_depths(model, ids, options.depths):
-        tell(f"decode at depth {depth}")
+    for depth, session, logits in at_depths(model, ids, options.depths, tell):
         row, output = _decode(session, logits, depth, options)
         rows.append(row)
     return tuple(rows), output

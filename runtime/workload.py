@@ -101,9 +101,12 @@ def prompt_ids(model: Model, count: int) -> Integers:
 
 
 def at_depths(
-    model: Model, ids: Integers, depths: Sequence[int]
+    model: Model,
+    ids: Integers,
+    depths: Sequence[int],
+    tell: Callable[[str], None] = lambda step: None,
 ) -> Iterator[tuple[int, Session, Floats]]:
-    """Read `ids` on from depth to depth in one session.
+    """Read `ids` on from depth to depth in one session, and `tell` before each.
 
     Yields:
         The depth, the session that has read so many tokens (at least one), and the logits `[1, V]`
@@ -112,6 +115,7 @@ def at_depths(
     session = model.session()
     read, logits = 0, np.empty((0, 0), dtype=np.float32)
     for depth in sorted(set(depths)):
+        tell(f"decode at depth {depth}")
         end = max(depth, 1)
         logits = session.append(ids[read:end]) if end > read else logits
         read = end
