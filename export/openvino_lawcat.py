@@ -1,20 +1,20 @@
-"""Normalised gated linear attention as OpenVINO nodes: a lean step for one token, chunks for more.
+"""Normalised gated linear attention as OpenVINO nodes, chunk-parallel for any T, one included.
 
-An `If` on T chooses between two small bodies without weights:
+With b the cumulative decay inside a chunk, m its value at the middle row and l at the last:
 
-- step (T = 1): S' = e^g S + k v+^T and o = q S', two products over the state;
-- chunks: with b the cumulative decay inside a chunk, m its value at the middle row and l at the
-      last, q' = q e^(b - m)      k' = k e^(m - b)      P = tril(q' k'^T)      D = e^(l - m) (k'^T
-      v+)
-      S_(n+1) = e^l S_n + D_n                     o_n = P v+ + q' (e^m S_n)
-  everything over all chunks at once except the recurrence over n, a `Loop` of two products. |g| <=
-  2.5 and C <= 64 keep every factor below e^80 (the identity is `kernels/gla/reference.py`'s).
+    q' = q e^(b - m)      k' = k e^(m - b)      P = tril(q' k'^T)      D = e^(l - m) (k'^T v+)
+    S_(n+1) = e^l S_n + D_n                     o_n = P v+ + q' (e^m S_n)
+
+Everything runs over all chunks at once except the recurrence over n, a `Loop` of two products. |g|
+<= 2.5 and C <= 64 keep every factor below e^80 (the identity is `kernels/gla/reference.py`'s). An
+`If` with a leaner branch for T = 1 would save about 50 us a layer, but in OpenVINO 2026.4 the CPU
+plug-in lets a branch's tensors share memory with the outer graph's, and the first call at each new
+T is silently wrong.
 
 B batch, S state heads, G query heads per state head, N chunks of C tokens, F features, V value
 columns (values, the normaliser, zeros).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,19 +50,8 @@ def gated_attention(
     Returns:
         The normalised output `[B, T, H * d]` and the state after the call.
     """
-    values = _with_normaliser(v, config)
-    bodies = [_body(build, config) for build in (_step, _chunks)]
-    time = op.gather(op.shape_of(k), _ints(2), _ints(0))
-    chosen = op.if_op(op.equal(time, _ints(1)).output(0))
-    chosen.set_then_body(bodies[0])
-    chosen.set_else_body(bodies[1])
-    for i, value in enumerate((q, k, values, g, past)):
-        chosen.set_input(value, bodies[0].get_parameters()[i], bodies[1].get_parameters()[i])
-    results = [
-        chosen.set_output(bodies[0].get_results()[i], bodies[1].get_results()[i]) for i in range(2)
-    ]
-    y = _normalised(results[0], config)
-    return y, results[1]
+    x, after = _chunks(q, k, _with_normaliser(v, config), g, past, config)
+    return _normalised(x, config), after
 
 
 def _with_normaliser(v: Handle, config: DecoderConfig) -> Handle:
@@ -81,34 +70,6 @@ def _normalised(x: Handle, config: DecoderConfig) -> Handle:
     denominator = op.slice(x, _ints([d]), _ints([d + 1]), _ints([1]), _ints([3]))
     y = op.divide(numerator, op.add(denominator, _float(config.lawcat.eps)))
     return op.reshape(op.transpose(y, _ints([0, 2, 1, 3])), _ints([0, 0, -1]), True).output(0)
-
-
-def _body(build: Callable[..., tuple[Handle, Handle]], config: DecoderConfig) -> ov.Model:
-    s, f, columns = config.state_heads, config.state_rows, config.value_columns
-    shapes = {
-        "q": [-1, config.num_heads, -1, f],
-        "k": [-1, s, -1, f],
-        "v": [-1, s, -1, columns],
-        "g": [-1, s, -1, f],
-        "past": [-1, s, f, columns],
-    }
-    inputs = [ov.op.Parameter(ov.Type.f32, ov.PartialShape(shape)) for shape in shapes.values()]
-    for parameter, name in zip(inputs, shapes, strict=True):
-        parameter.set_friendly_name(name)
-    y, after = build(*(parameter.output(0) for parameter in inputs), config)
-    return ov.Model([op.result(y), op.result(after)], inputs)
-
-
-def _step(
-    q: Handle, k: Handle, v: Handle, g: Handle, past: Handle, config: DecoderConfig
-) -> tuple[Handle, Handle]:
-    s, f = config.state_heads, config.state_rows
-    column = _ints([0, s, f, 1])
-    decayed = op.multiply(op.reshape(op.exp(g), column, True), past)
-    after = op.add(decayed, op.multiply(op.reshape(k, column, True), v))
-    grouped = op.reshape(q, _ints([0, s, -1, f]), True)  # [B, S, G, F]: T is 1
-    y = op.matmul(grouped, after, False, False)
-    return op.reshape(y, _ints([0, config.num_heads, 1, -1]), True).output(0), after.output(0)
 
 
 def _chunks(
