@@ -123,7 +123,8 @@ def verify_engine(
 def _prefill_logits(bundle: Path, engine: str, ids: np.ndarray) -> np.ndarray:
     """Logits of every prompt position `[T, V]`, with the last-position cut undone."""
     model = runtime.load(bundle, engine=engine, logits="all", check=False)
-    return model.session().append(ids)[0]
+    logits: np.ndarray = model.session().append(ids)[0]
+    return logits
 
 
 def _greedy(bundle: Path, engine: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -73,18 +73,18 @@ class Mixer(TokenMixer):
             channels, taps, None if state is None else state["conv"], context.mask
         )
         heads = mixed.reshape(*mixed.shape[:2], -1, d)
-        q, k = heads.split((config.num_heads, config.state_heads), dim=2)
+        q, k = heads[:, :, : config.num_heads], heads[:, :, config.num_heads :]
         shared = self.feature_map.weight.repeat_interleave(
             config.num_heads // config.state_heads, dim=0
         )
         return (feature_map(q, shared), feature_map(k, self.feature_map.weight)), v.float(), g, tail
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        """G = max(logsigmoid(gate(x)) / divisor, floor), fp32 `[B, T, Hkv, F]`."""
+        """Log decay max(logsigmoid(gate(x)) / divisor, floor), fp32 `[B, T, Hkv, F]`."""
         options = self.config.lawcat
         a: torch.Tensor = self.gate_up(self.gate_down(x)).float()
         g = functional.logsigmoid(a) / options.gate_divisor
-        floored = g.clamp_min(options.gate_floor)
+        floored: torch.Tensor = g.clamp_min(options.gate_floor)
         return floored.reshape(*floored.shape[:2], -1, self.config.state_rows)
 
     @staticmethod
