@@ -5,6 +5,8 @@ written to a hidden sibling and renamed when whole, so a reader never sees half 
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -34,6 +36,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MANIFEST = "edgekit.json"
+PARTIAL, OLD = ".edgekit-partial", ".edgekit-old"  # endings of siblings that live during a write
 ENGINE_FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
     "onnx": ("model.onnx", "model.onnx.data"),
@@ -124,7 +127,7 @@ def read_manifest(directory: Path | str) -> Manifest:
         raise BundleError(f"{directory}: not an edgekit bundle ({MANIFEST} is missing)")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as cause:
+    except (ValueError, OSError, RecursionError) as cause:
         raise BundleError(f"{path}: damaged ({cause}); convert the model again") from cause
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -140,12 +143,12 @@ def read_manifest(directory: Path | str) -> Manifest:
 def _inside(directory: Path, name: str) -> Path:
     """The file `name` of the bundle, refused if it is not a plain path within it."""
     parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name:
+    if not parts or Path(name).is_absolute() or ".." in parts or set("\\\0") & set(name):
         raise BundleError(
             f"{directory / MANIFEST}: file name {name!r} leads outside the bundle; refused"
         )
     path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise BundleError(f"{path}: a link that leads outside the bundle; refused")
     return path
 
@@ -198,51 +201,76 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as cause:
+        raise BundleError(f"{path}: cannot be read ({cause.strerror})") from cause
 
 
 @contextlib.contextmanager
 def staged(out: Path | str, *, force: bool = False) -> Iterator[Path]:
     """A directory to fill; it becomes `out` when the block ends well and vanishes otherwise.
 
+    What an earlier run left because it was killed is put right first. A link at `out` is followed.
+
     Args:
-        out: the directory to make.
+        out: the directory to make; missing parents are made, and removed again on failure.
         force: replace an existing bundle (never any other directory).
 
     Raises:
         BundleError: if `out` exists and may not be replaced, or cannot be written.
     """
-    out = Path(os.path.abspath(out))
-    _recover(out)
-    _refuse_existing(out, force)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(
-            tempfile.mkdtemp(prefix=_prefix(out), suffix=f".{os.getpid()}.partial", dir=out.parent)
-        )
-    except OSError as cause:
-        raise BundleError(f"{out}: cannot be written ({cause.strerror})") from cause
-    try:
-        yield work
-        work.chmod(0o755)
-        _flush(work)
-        _swap(work, out)
-    except OSError as cause:
-        raise BundleError(
-            f"{out}: could not be written ({cause.strerror or cause}); nothing changed"
-        ) from cause
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    final = Path(os.path.realpath(out))  # the work must lie on the disk that it is renamed on
+    with contextlib.ExitStack() as undo:
+        try:
+            _recover(final)
+            _refuse_existing(final, force)
+            undo.callback(_remove_empty, _missing(final.parent))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(
+                tempfile.mkdtemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent)
+            )
+            undo.callback(shutil.rmtree, work, ignore_errors=True)
+            lock = _claim(work)
+            if lock is not None:
+                undo.callback(os.close, lock)
+            yield work
+            work.chmod(0o755)
+            _flush(work)
+            _refuse_existing(final, force)
+            _swap(work, final)
+        except OSError as cause:
+            raise BundleError(
+                f"{out}: could not be written ({_reason(cause)}); nothing changed"
+            ) from cause
 
 
-def _prefix(out: Path) -> str:
-    return f".{out.name}."
+def _reason(cause: OSError) -> str:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    if isinstance(cause, FileExistsError | NotADirectoryError):
+        return "a part of the path is no directory"
+    about = f": {Path(os.fsdecode(cause.filename)).name}" if cause.filename else ""
+    return f"{cause.strerror}{about}" if cause.strerror else str(cause)
+
+
+def _missing(directory: Path) -> list[Path]:
+    """`directory` and its parents, as far as they do not exist, deepest first."""
+    return [path for path in (directory, *directory.parents) if not os.path.lexists(path)]
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for path in directories:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _refuse_existing(out: Path, force: bool) -> None:
     if not os.path.lexists(out):
         return
+    if out.is_mount():
+        raise BundleError(f"{out}: is a mount point; choose the name of a directory in it")
     if not force:
         raise BundleError(
             f"{out}: exists already; choose another name or pass --force to replace it"
@@ -251,15 +279,41 @@ def _refuse_existing(out: Path, force: bool) -> None:
         raise BundleError(f"{out}: is not an edgekit bundle, so --force will not replace it")
 
 
+def _claim(directory: Path) -> int | None:
+    """Lock `directory` until the returned descriptor is closed or this process ends.
+
+    The kernel lets go of it even after SIGKILL, and a process in another container cannot be
+    mistaken for ours, as with a process id.
+
+    Returns:
+        None if another process holds it, or where the file system has no locks.
+    """
+    import fcntl  # not on Windows, where this module is read but nothing is staged
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def _recover(out: Path) -> None:
     """Undo what a killed run left: its partial directory, or an old bundle set aside."""
-    old = out.parent / f"{_prefix(out)}old"
+    old = _aside(out)
     if old.is_dir() and not os.path.lexists(out):
         old.rename(out)
-    for partial in out.parent.glob(f"{_prefix(out)}*.partial"):
-        owner = partial.name.split(".")[-2]
-        if not (owner.isdigit() and Path(f"/proc/{owner}").exists()):
+    shutil.rmtree(old, ignore_errors=True)
+    for partial in out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}"):
+        lock = _claim(partial)
+        if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _aside(out: Path) -> Path:
+    return out.parent / f".{out.name}{OLD}"
 
 
 def _flush(directory: Path) -> None:
@@ -270,9 +324,12 @@ def _flush(directory: Path) -> None:
 
 
 def _swap(work: Path, out: Path) -> None:
-    old = out.parent / f"{_prefix(out)}old"
+    old = _aside(out)
     if os.path.lexists(out):
-        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-    work.rename(out)
+    try:
+        work.rename(out)
+    finally:
+        if old.is_dir() and not os.path.lexists(out):
+            old.rename(out)
     shutil.rmtree(old, ignore_errors=True)

@@ -164,7 +164,7 @@ class OnnxFile:
             "offset": str(self._data.tell()),
             "length": str(array.nbytes),
         }
-        array.tofile(self._data)
+        self._data.write(array.reshape(-1).view(np.uint8).data)  # tofile can lose a tail unsaid
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in place.items():
             tensor.external_data.add(key=key, value=value)

@@ -25,7 +25,7 @@ from edgekit.config import dump
 from edgekit.errors import UsageError
 from edgekit.export import text_files
 from edgekit.export.states import input_names, state_records
-from edgekit.export.verify import BOUNDS, Verification, verification_tokens, verify_engine
+from edgekit.export.verify import Verification, bounds_for, verification_tokens, verify_engine
 from edgekit.mixers.base import mixer_type
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import with_fresh_mixers
@@ -86,6 +86,17 @@ class _Plan:
     target: str
     calibration: Path | None
 
+    @property
+    def trained(self) -> bool:
+        """Whether every mixer's tensors came with the source."""
+        return set(self.config.mixers) == {"softmax"}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the result."""
+        untrained = "The recurrent layers are not distilled: the model is fast, and talks nonsense."
+        return self.source.notes if self.trained else (*self.source.notes, untrained)
+
     def steps(self, verify: bool) -> list[str]:
         """What the progress bar counts."""
         writing = [f"write {engine}" for engine in self.formats]
@@ -122,7 +133,7 @@ def convert(
         target: device profile, or `auto`.
         onnx_ops: `contrib` for ONNX Runtime's fused operators, `portable` for standard ones only.
         calibration: text file for data-aware int4 of the OpenVINO graph.
-        verify: compare both engines with PyTorch, and fail above the bounds of `verify.BOUNDS`.
+        verify: compare both engines with PyTorch, and fail above `verify.bounds_for`.
         force: replace an existing bundle at `out`.
         progress: called with the step's name, its number and the count of steps.
 
@@ -160,7 +171,7 @@ def convert(
         write_peak_rss_bytes=write_peak,
         model_bytes=sizes,
         verification=results,
-        notes=plan.source.notes,
+        notes=plan.notes,
     )
 
 
@@ -270,10 +281,10 @@ def _write_onnx(plan: _Plan, work: Path) -> None:
 def _verify(plan: _Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Verification]:
     context = plan.config.context_length if "softmax" in plan.config.mixers else None
     ids = verification_tokens(_encoder(work), context)
+    bounds = bounds_for(plan.weights_format, trained=plan.trained)
     results = {}
     for engine in plan.formats:
         tell(f"verify {engine}")
-        bounds = BOUNDS[plan.weights_format]
         results[engine] = verify_engine(work, engine, ids, plan.config, plan.weights, bounds)
     return results
 
@@ -314,7 +325,7 @@ def _manifest(plan: _Plan, work: Path) -> Manifest:
 
 def _pipeline(plan: _Plan) -> tuple[dict[str, Any], ...]:
     steps: list[dict[str, Any]] = [{"step": "load", "notes": list(plan.source.notes)}]
-    if "lawcat" in plan.config.mixers:
+    if not plan.trained:
         steps.append({"step": "mixers", "trained": False, "lawcat": dump(plan.config.lawcat)})
     quantise = {"step": "weights", "format": plan.weights_format, "group_size": plan.group_size}
     if plan.calibration is not None:

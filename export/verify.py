@@ -7,7 +7,7 @@ reference would have chosen it too, so 32 of 32 means that the greedy continuati
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import streamed_logits
 from edgekit.models.weights import WeightStore
 
-__all__ = ["BOUNDS", "Bounds", "Verification", "verification_tokens", "verify_engine"]
+__all__ = ["Bounds", "Verification", "bounds_for", "verification_tokens", "verify_engine"]
 
 PROMPT_TOKENS = 512
 DECODE_STEPS = 32
@@ -31,6 +31,10 @@ SLICE = 64
 class Bounds:
     """What an export may differ by; None is not bounded.
 
+    `max_abs` is widened to `ROUNDING_FACTOR` times the reference's own rounding error where that is
+    larger, which is measured against fp64 when it matters: a model that has not been distilled
+    meets activations of 30,000 that cancel, and there PyTorch's own fp32 logits are off by 1e-3.
+
     Attributes:
         max_abs: largest difference of any logit.
         kl: mean Kullback-Leibler divergence from the reference, nats per token.
@@ -40,12 +44,24 @@ class Bounds:
     kl: float | None = None
 
 
+ROUNDING_FACTOR = 16.0
 BOUNDS = {
-    "fp32": Bounds(max_abs=1e-3),
+    "fp32": Bounds(max_abs=1e-3, kl=1e-5),
     "fp16": Bounds(kl=1e-3),
     "int8": Bounds(kl=0.05),
     "int4": Bounds(kl=0.5),
 }
+
+
+def bounds_for(weights_format: str, *, trained: bool) -> Bounds:
+    """What a conversion may differ by.
+
+    Measured on SmolLM2-135M: mean KL 1e-8 in fp32, 0.004 in int8, 0.3 in int4 (perplexity 33 to
+    43); the bounds leave room for other models and catch a broken graph, which scores above 1.
+    Before distillation a recurrent model has no meaning that rounding could keep, so only fp32 is
+    held to a bound then.
+    """
+    return BOUNDS[weights_format] if trained or weights_format == "fp32" else Bounds()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +77,7 @@ class Verification:
         kl: mean KL(reference || bundle), nats per token.
         argmax_agreement: share of positions with the same most likely token.
         greedy_equal: greedy tokens, of `decode_steps`, that the reference would have chosen too.
+        rounding: max |fp32 - fp64| of the reference itself; measured only if `max_abs` asks for it.
     """
 
     engine: str
@@ -71,6 +88,7 @@ class Verification:
     kl: float
     argmax_agreement: float
     greedy_equal: int
+    rounding: float | None = None
 
 
 def verification_tokens(encode: Callable[[str], list[int]], limit: int | None) -> np.ndarray:
@@ -116,6 +134,9 @@ def verify_engine(
         argmax_agreement=_mean([(a.argmax(-1) == b.argmax(-1)).float() for a, b in pairs]),
         greedy_equal=int((chosen == written).sum()),
     )
+    if bounds.max_abs is not None and result.max_abs > bounds.max_abs:
+        exact = streamed_logits(config, weights, sequence, dtype=torch.float64)[0]
+        result = replace(result, rounding=float((exact - reference).abs().max()))
     _judge(result, bounds)
     return result
 
@@ -162,10 +183,13 @@ def _judge(result: Verification, bounds: Bounds) -> None:
         raise VerificationError(
             f"{result.engine}: the exported graph gives logits that are not finite"
         )
-    for name in ("max_abs", "kl"):
-        bound, value = getattr(bounds, name), getattr(result, name)
+    allowed = {"max_abs": bounds.max_abs, "kl": bounds.kl}
+    if result.rounding is not None and bounds.max_abs is not None:
+        allowed["max_abs"] = max(bounds.max_abs, ROUNDING_FACTOR * result.rounding)
+    for name, bound in allowed.items():
+        value = getattr(result, name)
         if bound is not None and value > bound:
             raise VerificationError(
-                f"{result.engine}: {name} {value:.2e} exceeds {bound:.0e}; try a wider --weights "
+                f"{result.engine}: {name} {value:.2e} exceeds {bound:.1e}; try a wider --weights "
                 "format, or --no-verify to write the bundle all the same"
             )

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from edgekit.kernels.conv.reference import causal_conv, feature_map
 from edgekit.kernels.gla.reference import chunked_gla, parallel_gla, recurrent_gla
+from edgekit.kernels.precision import widened
 from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer
 from edgekit.mixers.graph import Graph
 
@@ -77,12 +78,17 @@ class Mixer(TokenMixer):
         shared = self.feature_map.weight.repeat_interleave(
             config.num_heads // config.state_heads, dim=0
         )
-        return (feature_map(q, shared), feature_map(k, self.feature_map.weight)), v.float(), g, tail
+        return (
+            (feature_map(q, shared), feature_map(k, self.feature_map.weight)),
+            widened(v),
+            g,
+            tail,
+        )
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
-        """Log decay max(logsigmoid(gate(x)) / divisor, floor), fp32 `[B, T, Hkv, F]`."""
+        """Log decay max(logsigmoid(gate(x)) / divisor, floor), `[B, T, Hkv, F]`."""
         options = self.config.lawcat
-        a: torch.Tensor = self.gate_up(self.gate_down(x)).float()
+        a = widened(self.gate_up(self.gate_down(x)))
         g = functional.logsigmoid(a) / options.gate_divisor
         floored: torch.Tensor = g.clamp_min(options.gate_floor)
         return floored.reshape(*floored.shape[:2], -1, self.config.state_rows)

@@ -151,25 +151,32 @@ def with_fresh_mixers(config: DecoderConfig, store: WeightStore) -> WeightStore:
 
 @torch.inference_mode()
 def streamed_logits(
-    config: DecoderConfig, store: WeightStore, ids: torch.Tensor, *, form: Form = "chunked"
+    config: DecoderConfig,
+    store: WeightStore,
+    ids: torch.Tensor,
+    *,
+    form: Form = "chunked",
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Logits `[B, T, V]` of `ids [B, T]` with one layer's weights in memory at a time."""
+    """Logits `[B, T, V]` of `ids [B, T]`, computed in `dtype`, one layer's weights at a time."""
     context = _context(config, ids.shape[1], ids.shape[1], None, form)
     table = store.tensor("model.embed_tokens.weight")
-    x = functional.embedding(ids, table).float()
+    x = functional.embedding(ids, table).to(dtype)
     for i in range(config.num_layers):
-        x, _ = _loaded_layer(config, store, i)(x, context)
+        x, _ = _loaded_layer(config, store, i, dtype)(x, context)
     x = functional.rms_norm(
-        x, (config.hidden_size,), store.tensor("model.norm.weight").float(), config.rms_norm_eps
+        x, (config.hidden_size,), store.tensor("model.norm.weight").to(dtype), config.rms_norm_eps
     )
     head = table if config.tied_head else store.tensor("lm_head.weight")
-    return functional.linear(x, head.float())
+    return functional.linear(x, head.to(dtype))
 
 
-def _loaded_layer(config: DecoderConfig, store: WeightStore, layer: int) -> DecoderLayer:
+def _loaded_layer(
+    config: DecoderConfig, store: WeightStore, layer: int, dtype: torch.dtype
+) -> DecoderLayer:
     with torch.device("meta"):
         module = DecoderLayer(config, layer)
     prefix = f"model.layers.{layer}."
-    tensors = {name: store.tensor(prefix + name).float() for name in module.state_dict()}
+    tensors = {name: store.tensor(prefix + name).to(dtype) for name in module.state_dict()}
     module.load_state_dict(tensors, assign=True)
     return module.eval()

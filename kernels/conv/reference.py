@@ -8,6 +8,8 @@ columns
 import torch
 from torch.nn import functional
 
+from edgekit.kernels.precision import widened
+
 __all__ = ["causal_conv", "feature_map"]
 
 FEATURE_FLOOR = 1e-12
@@ -60,6 +62,6 @@ def feature_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         `[B, T, H, 2 f]`, at least 1e-12; each half sums to 1.
     """
-    u = torch.einsum("bthd,hdf->bthf", x, weight).float()
+    u = widened(torch.einsum("bthd,hdf->bthf", x, weight))
     halves = torch.cat((u.softmax(dim=-1), (-u).softmax(dim=-1)), dim=-1)
     return halves.clamp_min(FEATURE_FLOOR)
