@@ -51,10 +51,16 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if origin is tuple:
         return _build_tuple(args, data, where)
     if origin is dict:
-        return {key: _build(args[1], item, f"{where}: {key}") for key, item in dict(data).items()}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{where}: expected a table, got {data!r}")
+        return {key: _build(args[1], item, f"{where}: {key}") for key, item in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
-    if kind is Any or origin is typing.Literal or _is_a(data, kind):
+    if origin is typing.Literal:
+        if data not in args:
+            raise ValueError(f"{where}: {data!r} given; allowed: {', '.join(map(str, args))}")
+        return data
+    if kind is Any or _is_a(data, kind):
         return data
     raise ValueError(f"{where}: expected {kind.__name__}, got {data!r}")
 

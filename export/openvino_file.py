@@ -21,10 +21,11 @@ from edgekit.export.to_openvino import build_openvino
 from edgekit.models.config import DecoderConfig
 from edgekit.models.weights import WeightStore
 
-__all__ = ["write_openvino"]
+__all__ = ["save_ir", "write_openvino"]
 
 NEVER_QUANTISED = ".*self_attn\\.(gate_down|gate_up|feature_map|conv_q|conv_k).*"
 CALIBRATION_WINDOW = 256
+PROBE_BYTES = 1 << 20
 
 
 def write_openvino(
@@ -47,16 +48,15 @@ def write_openvino(
         calibration: token ids `[N]` for data-aware int4 (AWQ and scale estimation), or None.
 
     Raises:
-        BundleError: if the file on disk is shorter than the graph says, as on a full disk.
+        OSError: if the disk is full.
+        BundleError: if OpenVINO cannot write it for another reason.
     """
     model = build_openvino(config, weights, half=weights_format == "fp16")
     if weights_format in ("int8", "int4"):
         _compress(model, weights_format, group_size, _batches(config, calibration))
     if weights_format == "fp32":
         model.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])
-    path = out / "openvino_model.xml"
-    ov.save_model(model, path, compress_to_fp16=False)
-    _check_length(path)
+    save_ir(model, out / "openvino_model.xml")
 
 
 def _compress(
@@ -113,13 +113,35 @@ def _inputs(config: DecoderConfig, ids: np.ndarray) -> dict[str, np.ndarray]:
     return feed
 
 
-def _check_length(path: Path) -> None:
-    """OpenVINO's writer does not report a full disk; the IR says how long its weights must be."""
-    data = ET.parse(path).getroot().iter("data")
+def save_ir(model: ov.Model, path: Path) -> None:
+    """Write `path` (.xml) and the .bin beside it, constants in the precision that they have.
+
+    Raises:
+        OSError: if the disk is full.
+        BundleError: if OpenVINO cannot write it for another reason.
+    """
+    try:
+        ov.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as cause:
+        _raise_reason(path)
+        raise BundleError(f"{path.name}: OpenVINO could not write it ({cause})") from cause
+    if not _is_whole(path):
+        _raise_reason(path)
+        raise BundleError(f"{path.name}: could not be written to its end; is the disk full?")
+
+
+def _raise_reason(path: Path) -> None:
+    """Write a little more, as the system names the reason where OpenVINO says `iostream error`."""
+    for part in (path.with_suffix(".bin"), path):
+        with part.open("ab") as file:
+            file.write(bytes(PROBE_BYTES))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the IR can be read to its end, and its weights are as long as it says they are."""
+    try:
+        data = ET.parse(path).getroot().iter("data")
+    except ET.ParseError:
+        return False
     ends = [int(d.get("offset", 0)) + int(d.get("size", 0)) for d in data if d.get("offset")]
-    size = path.with_suffix(".bin").stat().st_size
-    if size < max(ends, default=0):
-        raise BundleError(
-            f"{path.with_suffix('.bin').name}: only {size} of {max(ends)} bytes could be written; "
-            "is the disk full?"
-        )
+    return path.with_suffix(".bin").stat().st_size >= max(ends, default=0)

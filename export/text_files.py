@@ -18,20 +18,34 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+VOCABULARIES = ("tokenizer.model", "vocab.json", "tekken.json")
 
 
 def write_tokenizer(source: Source, out: Path) -> None:
     """Copy the tokenizer's files; one without `tokenizer.json` is converted by transformers.
 
     Raises:
-        SourceError: if the source has no tokenizer at all.
+        SourceError: if the source has no tokenizer at all, or a damaged one.
     """
-    if not (source.directory / "tokenizer.json").is_file():
-        _load_tokenizer(source.directory).save_pretrained(out)
+    if (source.directory / "tokenizer.json").is_file():
+        _check_tokenizer(source.directory / "tokenizer.json")
+        for name in TOKENIZER_FILES:
+            if (source.directory / name).is_file():
+                shutil.copyfile(source.directory / name, out / name)
         return
-    for name in TOKENIZER_FILES:
-        if (source.directory / name).is_file():
-            shutil.copyfile(source.directory / name, out / name)
+    # Without a vocabulary, transformers would make up an empty tokenizer and not complain.
+    if not any((source.directory / name).is_file() for name in VOCABULARIES):
+        raise SourceError(f"{source.directory}: has no tokenizer; add its tokenizer.json")
+    _load_tokenizer(source.directory).save_pretrained(out)
+
+
+def _check_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as cause:  # the tokenizers library raises this very class
+        raise SourceError(f"{path}: damaged ({cause}); fetch it again") from cause
 
 
 def _load_tokenizer(directory: Path) -> Any:
@@ -39,20 +53,25 @@ def _load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as cause:
+    except (ImportError, OSError, ValueError) as cause:
         raise SourceError(
             f"{directory}: no usable tokenizer ({cause}); add tokenizer.json"
         ) from cause
 
 
 def write_tokenizer_ir(out: Path) -> None:
-    """Write `openvino_tokenizer.xml` and `openvino_detokenizer.xml` from the tokenizer in `out`."""
-    import openvino as ov
+    """Write `openvino_tokenizer.xml` and `openvino_detokenizer.xml` from the tokenizer in `out`.
+
+    Raises:
+        OSError: if the disk is full.
+    """
     from openvino_tokenizers import convert_tokenizer
+
+    from edgekit.export.openvino_file import save_ir
 
     models = convert_tokenizer(_load_tokenizer(out), with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
-        ov.save_model(model, out / f"openvino_{name}.xml")
+        save_ir(model, out / f"openvino_{name}.xml")
 
 
 def write_configs(source: Source, config: DecoderConfig, out: Path) -> None:
