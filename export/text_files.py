@@ -37,6 +37,10 @@ def write_tokenizer(source: Source, out: Path) -> None:
     if not any((source.directory / name).is_file() for name in VOCABULARIES):
         raise SourceError(f"{source.directory}: has no tokenizer; add its tokenizer.json")
     _load_tokenizer(source.directory).save_pretrained(out)
+    if not (out / "tokenizer.json").is_file():
+        raise SourceError(
+            f"{source.directory}: its tokenizer has no tokenizer.json form; add tokenizer.json"
+        )
 
 
 def _check_tokenizer(path: Path) -> None:
@@ -66,10 +70,13 @@ def write_tokenizer_ir(out: Path) -> None:
         OSError: if the disk is full.
     """
     from openvino_tokenizers import convert_tokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from edgekit.export.openvino_file import save_ir
 
-    models = convert_tokenizer(_load_tokenizer(out), with_detokenizer=True)
+    # Never AutoTokenizer: by `tokenizer_class` it may build another one than tokenizer.json says.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out, local_files_only=True)
+    models = convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
         save_ir(model, out / f"openvino_{name}.xml")
 
