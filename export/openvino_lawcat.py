@@ -15,6 +15,7 @@ B batch, S state heads, G query heads per state head, N chunks of C tokens, F fe
 columns (values, the normaliser, zeros).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from openvino import opset15 as op
 
 from edgekit.models.config import DecoderConfig
 
-__all__ = ["chunk_count", "gated_attention"]
+__all__ = ["Chunking", "chunk_count", "gated_attention"]
 
 Handle = Any  # an openvino.Output: the package ships no types
 CHUNK = 64
@@ -34,8 +35,52 @@ def chunk_count(length: Handle) -> Handle:
     return op.divide(op.add(length, _ints([CHUNK - 1])), _ints([CHUNK])).output(0)
 
 
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """What every layer of a call shares; made once, since each node costs its share of a step."""
+
+    causal: Handle  # [C, C] boolean
+    triangle: Handle  # [C, C] fp32
+    middle: Handle  # [1]
+    last: Handle  # [1]
+    tail: Handle  # the normaliser's ones and the padding, [B, S, T, V - d]
+    key_shape: Handle  # reshape patterns: [B, S, N, C, .]
+    query_shape: Handle  # [B, S, G, N, C, F]
+    output_shape: Handle  # [B, H, T, V]
+
+    @classmethod
+    def of(cls, batch: Handle, time: Handle, config: DecoderConfig) -> "Chunking":
+        """The chunking of `time [1]` padded tokens (a multiple of their chunks) of `batch [1]`."""
+        s, columns = config.state_heads, config.value_columns
+        count = chunk_count(time)
+        size = op.divide(time, count)
+        causal = _lower_triangle(size)
+        ones = np.zeros((1, 1, 1, columns - config.head_dim), np.float32)
+        ones[..., 0] = 1.0
+        tail_shape = op.concat([batch, _ints([s]), time, _ints([ones.shape[-1]])], 0)
+        groups, rows = config.num_heads // s, config.state_rows
+        return cls(
+            causal=causal,
+            triangle=op.convert(causal, "f32").output(0),
+            middle=op.divide(size, _ints([2])).output(0),
+            last=op.subtract(size, _ints([1])).output(0),
+            tail=op.broadcast(op.constant(ones), tail_shape).output(0),
+            key_shape=op.concat([_ints([0, s]), count, size, _ints([-1])], 0).output(0),
+            query_shape=op.concat([_ints([0, s, groups]), count, size, _ints([rows])], 0).output(0),
+            output_shape=op.concat(
+                [_ints([0, config.num_heads]), time, _ints([columns])], 0
+            ).output(0),
+        )
+
+
 def gated_attention(
-    q: Handle, k: Handle, v: Handle, g: Handle, past: Handle, config: DecoderConfig
+    q: Handle,
+    k: Handle,
+    v: Handle,
+    g: Handle,
+    past: Handle,
+    chunking: Chunking,
+    config: DecoderConfig,
 ) -> tuple[Handle, Handle]:
     """Add the recurrence to the graph.
 
@@ -45,25 +90,41 @@ def gated_attention(
         v: values `[B, S, T, d]`.
         g: log decay `[B, S, T, F]`, zero on padding.
         past: state `[B, S, F, V]`.
+        chunking: how T is cut.
         config: sizes and eps.
 
     Returns:
         The normalised output `[B, T, H * d]` and the state after the call.
     """
-    x, after = _chunks(q, k, _with_normaliser(v, config), g, past, config)
-    return _normalised(x, config), after
+    values = op.concat([v, chunking.tail], 3)
+    kc, vc, gc = (op.reshape(x, chunking.key_shape, True) for x in (k, values, g))
+    b = op.matmul(chunking.triangle, gc, False, False)
+    middle, last = (op.gather(b, row, _ints(3)) for row in (chunking.middle, chunking.last))
+    qc = _swap_groups(op.reshape(q, chunking.query_shape, True))  # [B, S, N, G, C, F]
+    qc = op.multiply(qc, op.unsqueeze(op.exp(op.subtract(b, middle)), _ints([3])))
+    kc = op.multiply(kc, op.exp(op.subtract(middle, b)))
+    pairs = op.matmul(qc, op.unsqueeze(kc, _ints([3])), False, True)
+    weights = op.select(chunking.causal, pairs, _float(0.0))
+    within = op.matmul(weights, op.unsqueeze(vc, _ints([3])), False, False)
+    shrink = _column(op.exp(op.subtract(last, middle)), config)
+    added = op.multiply(shrink, op.matmul(kc, vc, True, False))  # [B, S, N, F, V]
+    entering, after = _scan(_column(op.exp(last), config), added.output(0), past, config)
+    anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), _ints([3]))
+    y = _swap_groups(op.add(within, op.matmul(qc, anchored, False, False)))
+    return _normalised(op.reshape(y, chunking.output_shape, True), config), after
 
 
-def _with_normaliser(v: Handle, config: DecoderConfig) -> Handle:
-    """[v, 1, 0...] up to `value_columns`."""
-    tail = np.zeros((1, 1, 1, config.value_columns - config.head_dim), np.float32)
-    tail[..., 0] = 1.0
-    batch = op.gather(op.shape_of(v), _ints([0, 1, 2]), _ints(0))
-    shape = op.concat([batch, _ints([tail.shape[-1]])], 0)
-    return op.concat([v, op.broadcast(op.constant(tail), shape)], 3).output(0)
+def _swap_groups(x: ov.Node) -> ov.Node:
+    """`[B, S, G, N, C, .]` to `[B, S, N, G, C, .]`, or back."""
+    return op.transpose(x, _ints([0, 1, 3, 2, 4, 5]))
 
 
-def _normalised(x: Handle, config: DecoderConfig) -> Handle:
+def _column(x: ov.Node, config: DecoderConfig) -> Handle:
+    """`[B, S, N, 1, F]` to `[B, S, N, F, 1]`."""
+    return op.reshape(x, _ints([0, 0, 0, config.state_rows, 1]), True).output(0)
+
+
+def _normalised(x: ov.Node, config: DecoderConfig) -> Handle:
     """`[B, H, T, V]` divided by its normaliser column, as `[B, T, H * d]`."""
     d = config.head_dim
     numerator = op.slice(x, _ints([0]), _ints([d]), _ints([1]), _ints([3]))
@@ -72,60 +133,9 @@ def _normalised(x: Handle, config: DecoderConfig) -> Handle:
     return op.reshape(op.transpose(y, _ints([0, 2, 1, 3])), _ints([0, 0, -1]), True).output(0)
 
 
-def _chunks(
-    q: Handle, k: Handle, v: Handle, g: Handle, past: Handle, config: DecoderConfig
-) -> tuple[Handle, Handle]:
-    s, groups, f = config.state_heads, config.num_heads // config.state_heads, config.state_rows
-    time = op.gather(op.shape_of(k), _ints([2]), _ints(0))
-    count = chunk_count(time)
-    size = op.divide(time, count)
-    kc, vc, gc = (_split(x, s, count, size) for x in (k, v, g))  # [B, S, N, C, .]
-    causal = _lower_triangle(size)
-    b = op.matmul(op.convert(causal, "f32"), gc, False, False)
-    middle = op.gather(b, op.divide(size, _ints([2])), _ints(3))  # [B, S, N, 1, F]
-    last = op.gather(b, op.subtract(size, _ints([1])), _ints(3))
-    rows = op.concat([_ints([0, 0, groups]), count, size, _ints([f])], 0)
-    qc = op.transpose(  # [B, S, N, G, C, F]
-        op.reshape(_merge_groups(q, s, groups), rows, True), _ints([0, 1, 3, 2, 4, 5])
-    )
-    qc = op.multiply(qc, op.unsqueeze(op.exp(op.subtract(b, middle)), _ints([3])))
-    kc = op.multiply(kc, op.exp(op.subtract(middle, b)))
-    keys = op.unsqueeze(kc, _ints([3]))
-    weights = op.select(causal, op.matmul(qc, keys, False, True), _float(0.0))
-    within = op.matmul(weights, op.unsqueeze(vc, _ints([3])), False, False)
-    added = op.multiply(
-        _column(op.exp(op.subtract(last, middle))), op.matmul(kc, vc, True, False)
-    )  # [B, S, N, F, V]
-    entering, after = _scan(_column(op.exp(last)), added.output(0), past, config)
-    anchored = op.unsqueeze(op.multiply(_column(op.exp(middle)), entering), _ints([3]))
-    y = op.add(within, op.matmul(qc, anchored, False, False))  # [B, S, N, G, C, V]
-    y = op.transpose(y, _ints([0, 1, 3, 2, 4, 5]))
-    shape = op.concat([_ints([0, config.num_heads]), time, _ints([config.value_columns])], 0)
-    return op.reshape(y, shape, True).output(0), after
-
-
-def _merge_groups(q: Handle, s: int, groups: int) -> Handle:
-    """`[B, H, T, F]` seen as `[B, S, G, T, F]` (same memory)."""
-    shape = op.shape_of(q)
-    rest = op.gather(shape, _ints([2, 3]), _ints(0))
-    return op.reshape(q, op.concat([_ints([0, s, groups]), rest], 0), True).output(0)
-
-
-def _split(x: Handle, heads: int, count: Handle, size: Handle) -> Handle:
-    """`[B, heads, T, W]` to `[B, heads, N, C, W]` (same memory)."""
-    return op.reshape(x, op.concat([_ints([0, heads]), count, size, _ints([-1])], 0), True).output(
-        0
-    )
-
-
-def _lower_triangle(size: Handle) -> Handle:
+def _lower_triangle(size: ov.Node) -> Handle:
     steps = op.range(_ints(0), op.squeeze(size, _ints([0])), _ints(1), "i64")
     return op.less_equal(op.unsqueeze(steps, _ints([0])), op.unsqueeze(steps, _ints([1]))).output(0)
-
-
-def _column(x: ov.Node) -> Handle:
-    """`[B, S, N, 1, F]` to `[B, S, N, F, 1]`."""
-    return op.transpose(x, _ints([0, 1, 2, 4, 3])).output(0)
 
 
 def _scan(

@@ -15,7 +15,7 @@ import openvino as ov
 import torch
 from openvino import opset15 as op
 
-from edgekit.export.openvino_lawcat import chunk_count, gated_attention
+from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attention
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
 from edgekit.models.rope import inverse_frequencies
@@ -89,6 +89,11 @@ class OpenVinoGraph:
         chunks = chunk_count(length)
         chunk = op.divide(op.subtract(op.add(length, chunks), _ints([1])), chunks)
         return _Time(batch, length, op.subtract(op.multiply(chunk, chunks), length))
+
+    @cached_property
+    def _chunking(self) -> Chunking:
+        padded = op.add(self._time.length, self._time.padding).output(0)
+        return Chunking.of(self._time.batch, padded, self._config)
 
     def _pad_time(self, x: Handle, axis: int) -> Handle:
         """Append the padding of `_Time` to `axis`, zero-filled."""
@@ -288,7 +293,8 @@ class OpenVinoGraph:
         g = op.multiply(self._heads(g, config.state_rows), mask).output(0)
         name = f"cache_params.past.ssm.{layer}"
         past = self._state(name, [config.state_heads, config.state_rows, config.value_columns])
-        y, after = gated_attention(q, k, self._heads(v, config.head_dim), g, past, config)
+        values = self._heads(v, config.head_dim)
+        y, after = gated_attention(q, k, values, g, past, self._chunking, config)
         self._assign(after, name)
         return y
 
