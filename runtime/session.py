@@ -104,15 +104,15 @@ class Session:
 
         Args:
             ids: integer `[T]` for a batch of one, or `[B, T]`.
-            mask: `[B, T]` (or `[T]`) for these columns, 1 for tokens and 0 for padding on the left
-                of a row; None: no padding.
+            mask: `[B, T]` (or `[T]`) for these columns, 1 for tokens and 0 for padding, which must
+                come before a row's first token; None: no padding.
 
         Returns:
             fp32 logits of the last position `[B, V]`, or of all `[B, T, V]` with logits = "all".
 
         Raises:
-            UsageError: for a wrong shape or dtype, ids outside the vocabulary, or more tokens than
-                the context holds; the session is then as it was.
+            UsageError: for a wrong shape or dtype, ids outside the vocabulary, padding after a
+                token, or more tokens than the context holds; the session is then as it was.
         """
         tokens = self._checked_ids(ids)
         valid = self._checked_mask(mask, tokens.shape)
@@ -268,7 +268,15 @@ class Session:
             )
         if array.dtype.kind not in "biu" or not np.isin(array, (0, 1)).all():
             raise UsageError(f"a mask of {array.dtype} given; allowed: whole numbers, 0 and 1")
-        return array.astype(np.int64)
+        valid = array.astype(np.int64)
+        # A convolution reads its padding as zero inputs, which only an empty history is, too.
+        begun = np.concatenate(((self._tokens > 0)[:, None].astype(np.int64), valid), axis=1)
+        if (np.diff(begun, axis=1) < 0).any():
+            raise UsageError(
+                "a mask with padding after a token given; allowed: padding before a row's first "
+                "token only, so append rows of different lengths left-padded in the first call"
+            )
+        return valid
 
     def _check_room(self, valid: Integers) -> None:
         """Refuse before anything is computed what the context cannot hold."""

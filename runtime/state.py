@@ -115,6 +115,8 @@ def check_snapshot(snapshot: Snapshot, manifest: Manifest, engine: str, *, where
     if snapshot.engine != engine:
         raise BundleError(f"{where}: the state was made on {snapshot.engine}, this is {engine}")
     _check_tensor(where, "tokens", snapshot.tokens, np.dtype(np.int64), (snapshot.batch,))
+    if (snapshot.mask is None) != manifest.constant_memory:
+        raise BundleError(f"{where}: damaged (its attention mask); save the session again")
     if snapshot.mask is not None:
         rows = (snapshot.batch, snapshot.position)
         _check_tensor(where, "mask", snapshot.mask, np.dtype(np.int64), rows)

@@ -83,6 +83,11 @@ class Tokenizer:
         """Whether `token` is one byte of a character that the vocabulary lacks (`<0xE2>`)."""
         return bool(BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""))
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the bundle says how a conversation becomes a prompt."""
+        return self._chat_template() is not None
+
     def chat_prompt(
         self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "answer a prompt"
-TEMPLATE = "chat_template.jinja"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print; returns the exit code."""
-    from edgekit.runtime import load
+    from edgekit.runtime import GenerationOptions, load
 
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
-    if not args.raw and TEMPLATE in model.manifest.files:
-        prompt = model.chat_prompt([{"role": "user", "content": prompt}])
     options = settings(args)
     options["num_beams"] = args.num_beams
+    GenerationOptions.of(options)  # refuses a wrong flag before the model is loaded
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
+    if not args.raw and model.tokenizer.has_chat_template:
+        prompt = model.chat_prompt([{"role": "user", "content": prompt}])
     text = _generate(model, prompt, options, silent=args.json)
     if args.json:
         print(as_json(_result(model, prompt, text)))

@@ -8,7 +8,8 @@ from edgekit.sources.hf import open_directory
 
 __all__ = ["open_hub"]
 
-PATTERNS = ["*.json", "*.jinja", "*.safetensors"]  # never *.bin: those are pickles
+# Never *.bin: those are pickles. The last two are vocabularies without a tokenizer.json.
+PATTERNS = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "merges.txt"]
 DUPLICATES = ["consolidated*", "original/*"]  # the same weights in the vendor's own layout
 
 

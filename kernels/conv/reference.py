@@ -1,8 +1,9 @@
 """Causal depthwise convolution and softmax feature map (LAWCAT, arXiv 2509.18467).
 
-y[t, c] = sum_j w[c, j] x[t - (K-1) + j, c]                    w[:, K-1] multiplies the current
-token phi(x)  = max(concat(softmax(x W), softmax(-x W)), 1e-12)      per head, softmax over the f
-columns
+    y[t, c] = sum_j w[c, j] x[t - (K-1) + j, c]
+    phi(x)  = max(concat(softmax(x W), softmax(-x W)), 1e-12)
+
+w[:, K-1] multiplies the current token; phi works per head, its softmax over the f columns of W.
 """
 
 import torch
@@ -27,8 +28,8 @@ def causal_conv(
         x: inputs `[B, T, C]`, T of any size from 1.
         weight: taps `[C, K]`.
         tail: the K - 1 inputs before the first, `[B, C, K - 1]`, or None for zeros.
-        mask: 1 for tokens, 0 for padding, `[B, T]`; padding (left or right) leaves outputs and tail
-            as if absent.
+        mask: 1 for tokens, 0 for padding, `[B, T]`; padding before a row's first token (where the
+            tail is zero) or after its last leaves outputs and tail as if absent.
 
     Returns:
         Outputs `[B, T, C]` and the last K - 1 valid inputs `[B, C, K - 1]`.

@@ -5,8 +5,9 @@ head h // (H / S)), F features, V value width. Layout `[B, T, heads, width]`.
 
 With alpha_t = exp(g_t) per state row and v+ = [v, 1]:
 
-    S_t = diag(alpha_t) S_{t-1} + k_t v+_t^T          n_t = q_t^T S_t          o_t = n_t[:V] /
-    (n_t[V] + eps)
+    S_t = diag(alpha_t) S_{t-1} + k_t v+_t^T
+    n_t = q_t^T S_t
+    o_t = n_t[:V] / (n_t[V] + eps)
 
 The last state column is the decayed sum of keys, so o_t is a weighted mean of values. q and k must
 be non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose

@@ -30,11 +30,11 @@ def test_help_exits_zero_and_loads_nothing_heavy(verb: str | None, tmp_path: Pat
     assert done.stdout.startswith("usage: edgekit")
 
 
-def test_version(edgekit: Edgekit) -> None:
+def test_version(edgekit: Edgekit, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         edgekit("--version")
     assert stopped.value.code == 0
-    assert __version__
+    assert capsys.readouterr().out == f"edgekit {__version__}\n"
 
 
 @pytest.mark.parametrize(

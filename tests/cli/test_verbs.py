@@ -85,6 +85,20 @@ def test_run_raw_leaves_the_prompt_alone(edgekit: Edgekit, bundle: Path) -> None
     )
 
 
+def test_run_finds_the_template_in_the_tokenizer_configuration(
+    edgekit: Edgekit, checkpoint: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (source / "chat_template.jinja").read_text()
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "chat_template.jinja").unlink()
+    options = ("--format", "onnx", "--weights", "fp32", "--no-verify")
+    assert edgekit("convert", source, "-o", tmp_path / "out", *options).code == 0
+    done = edgekit("run", tmp_path / "out", "-p", "hello", "-n", "1", "--json")
+    assert done.json["prompt"].startswith("<|im_start|>user\nhello")
+
+
 def test_run_reads_standard_input(
     edgekit: Edgekit, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

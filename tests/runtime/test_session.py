@@ -88,6 +88,15 @@ def test_left_padding_is_a_no_op(
         assert_close(f"row {row} block", want[-1], third[row], ratio=FP32)
 
 
+def test_padding_after_a_token_is_refused(opened: Loader, engine: str) -> None:
+    session = opened("hybrid", engine).session(batch=2)
+    session.append([[0, 5], [0, 0]], [[0, 1], [0, 0]])  # the second row has not begun
+    with pytest.raises(UsageError, match="padding after a token"):
+        session.append([[0, 6], [0, 7]], [[0, 1], [0, 1]])
+    assert session.position == 2
+    session.append([[6, 7], [0, 7]], [[1, 1], [0, 1]])
+
+
 def test_reorder_repeats_drops_and_shrinks(
     opened: Loader, reference: Reference, ids: np.ndarray, kind: str, engine: str
 ) -> None:
@@ -181,6 +190,7 @@ def test_keys_and_values_grow_by_the_token(opened: Loader, engine: str) -> None:
         ([1, 2], [1], "mask of shape"),
         ([1, 2], [1, 2], "0 and 1"),
         ([1, 2], [0.5, 1.0], "0 and 1"),
+        ([1, 2], [1, 0], "padding after a token"),
     ],
     ids=str,
 )

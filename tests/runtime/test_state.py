@@ -127,6 +127,15 @@ def test_a_foreign_shape_is_refused(opened: Loader, engine: str) -> None:
         session.restore(dataclasses.replace(here, states={}))
 
 
+def test_a_mask_must_be_there_where_states_grow(opened: Loader, engine: str, kind: str) -> None:
+    session = opened(kind, engine).session()
+    session.append([5, 6])
+    here = session.snapshot()
+    wrong = np.ones((1, 2), np.int64) if here.mask is None else None
+    with pytest.raises(BundleError, match="attention mask"):
+        session.restore(dataclasses.replace(here, mask=wrong))
+
+
 @pytest.mark.parametrize("size", [0, 5, 100, -10], ids=str)
 def test_a_truncated_file_is_refused(
     opened: Loader, engine: str, tmp_path: Path, size: int
