@@ -135,8 +135,11 @@ class ContribGraph(OnnxGraph):
 
     @functools.cached_property
     def _rope_caches(self) -> tuple[str, str]:
-        """Cosines and sines of every position, `[context_length, d / 2]`."""
-        positions = torch.arange(self.config.context_length)
+        """Cosines and sines of every position, `[2 context_length, d / 2]`.
+
+        A row may stand behind as much padding as another row's prompt is long.
+        """
+        positions = torch.arange(2 * self.config.context_length)
         tables = rope_tables(self.config.rope, self.config.head_dim, positions)
         cos, sin = (table.contiguous().numpy() for table in tables)
         return self.file.weight("rope.cos", cos), self.file.weight("rope.sin", sin)

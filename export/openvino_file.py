@@ -9,6 +9,7 @@ embedding and the head stay at 8 bits.
 import contextlib
 import io
 import logging
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["save_ir", "write_openvino"]
 NEVER_QUANTISED = ".*self_attn\\.(gate_down|gate_up|feature_map|conv_q|conv_k).*"
 CALIBRATION_WINDOW = 256
 PROBE_BYTES = 1 << 20
+COUNTED_NAME = re.compile(r"([A-Z]\w*)_\d+(|\.\d+)")  # as Slice_16277; ours are module paths
 
 
 def write_openvino(
@@ -120,6 +122,7 @@ def save_ir(model: ov.Model, path: Path) -> None:
         OSError: if the disk is full.
         BundleError: if OpenVINO cannot write it for another reason.
     """
+    _number_afresh(model)
     try:
         ov.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as cause:
@@ -128,6 +131,25 @@ def save_ir(model: ov.Model, path: Path) -> None:
     if not _is_whole(path):
         _raise_reason(path)
         raise BundleError(f"{path.name}: could not be written to its end; is the disk full?")
+
+
+def _number_afresh(model: ov.Model) -> None:
+    """Count unnamed nodes within the model, as OpenVINO counts them within the process.
+
+    The same conversion then gives the same file, byte for byte.
+    """
+    for i, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() == "Loop":
+            _number_afresh(node.get_function())
+        old = node.get_friendly_name()
+        counted = COUNTED_NAME.fullmatch(old)
+        if not counted:
+            continue
+        new = f"{counted[1]}_{i}{counted[2]}"
+        node.set_friendly_name(new)
+        for output in node.outputs():
+            if old in output.get_names():
+                output.set_names({new})
 
 
 def _raise_reason(path: Path) -> None:

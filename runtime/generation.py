@@ -127,7 +127,7 @@ class Generation:
         started = time.perf_counter()
         logits = self._session.append(*left_padded(self._prompts))
         while running:
-            shown = [(i, self._advance(i, logits[at])) for at, i in enumerate(running)]
+            shown = [(i, self._advance(at, i, logits)) for at, i in enumerate(running)]
             self._ttft = self._ttft or time.perf_counter() - started
             self._seconds += time.perf_counter() - started
             yield from ((i, piece) for i, piece in shown if piece)
@@ -140,8 +140,10 @@ class Generation:
             tuple(row.ending for row in self._rows if row.ending),
         )
 
-    def _advance(self, row: int, logits: Floats) -> str:
-        return self._rows[row].advance(logits, self._session.room)
+    def _advance(self, at: int, row: int, logits: Floats) -> str:
+        """Let `row`, which is row `at` of the session now, choose from `logits [B, V]`."""
+        rooms = self._session.rooms
+        return self._rows[row].advance(logits[at], None if rooms is None else rooms[at])
 
     def _drop_ended(self, running: list[int]) -> list[int]:
         """Shrink the batch to the rows that go on."""

@@ -96,8 +96,13 @@ class Session:
     @property
     def room(self) -> int | None:
         """Tokens that the longest row can still take; None where memory is constant."""
+        return min(self.rooms) if self.rooms else None
+
+    @property
+    def rooms(self) -> list[int] | None:
+        """Tokens that each row can still take; None where memory is constant."""
         limit = self._manifest.model.context_length
-        return None if limit is None else limit - int(self._tokens.max())
+        return None if limit is None else (limit - self._tokens).tolist()
 
     def append(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Floats:
         """Read tokens and return the logits that follow them.

@@ -118,8 +118,18 @@ def _table(report: "ConvertReport") -> str:
             f"{v.argmax_agreement:.1%}",
             f"{v.greedy_equal} of {v.decode_steps}",
             str(v.prompt_tokens),
+            "-" if v.rounding is None else f"{v.rounding:.2g}",
         )
         for engine, v in report.verification.items()
     ]
-    headers = ("against PyTorch", "max |d|", "mean |d|", "KL", "argmax", "greedy", "prompt tokens")
+    headers = (
+        "against PyTorch",
+        "max |d|",
+        "mean |d|",
+        "KL",
+        "argmax",
+        "greedy",
+        "tokens",
+        "rounding",
+    )
     return as_table(rows) + ("\n\n" + as_table(checks, headers) if checks else "\nnot verified")

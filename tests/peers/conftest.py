@@ -84,6 +84,22 @@ def prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="session")
+def prompt_of(
+    opened: Callable[[str, str], Model], prompts: list[Prompt]
+) -> Callable[[str], Prompt]:
+    """`prompt_of("hybrid")`: the longer prompt; for a real bundle a question in its template."""
+
+    def choose(name: str) -> Prompt:
+        if name in KINDS:
+            return prompts[1]
+        model = opened(name, "onnx")
+        text = model.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+        return model.tokenizer.encode_prompt(text)
+
+    return choose
+
+
+@pytest.fixture(scope="session")
 def greedy(opened: Callable[[str, str], Model]) -> Callable[..., list[list[int]]]:
     """`greedy("hybrid", "onnx", prompts)`: edgekit's 32 greedy tokens of each, not ended by any."""
 

@@ -47,11 +47,12 @@ def written(model: Any, prompts: Any, count: int, **settings: Any) -> list[list[
 
 
 def test_greedy_tokens_are_ours_and_state_is_reset(
-    bundle_name: str, optimum: Any, greedy: Any, prompts: Any
+    bundle_name: str, optimum: Any, greedy: Any, prompt_of: Any
 ) -> None:
-    expected = greedy(bundle_name, "openvino", prompts[1:])
-    assert written(optimum(bundle_name), prompts[1:], 32) == expected
-    assert written(optimum(bundle_name), prompts[1:], 32) == expected
+    prompt = prompt_of(bundle_name)
+    expected = greedy(bundle_name, "openvino", [prompt])
+    assert written(optimum(bundle_name), [prompt], 32) == expected
+    assert written(optimum(bundle_name), [prompt], 32) == expected
 
 
 def test_batch_with_left_padding(kind: str, optimum: Any, greedy: Any, prompts: Any) -> None:

@@ -132,6 +132,18 @@ def test_generation_stops_at_the_context(opened: Loader, engine: str) -> None:
     assert model.last_stats.new_tokens == room + 1
 
 
+def test_a_full_row_does_not_end_the_others(opened: Loader, engine: str) -> None:
+    model = opened("hybrid", engine)
+    long = "x" * 600
+    while len(model.tokenizer.encode(long)) > 508:
+        long = long[:-1]
+    settings = {"max_new_tokens": 40, "ignore_eos": True}
+    together = model.generate([PROMPT, long], **settings)
+    assert model.last_stats is not None
+    assert model.last_stats.endings == ("max_new_tokens", "context full")
+    assert together == [model.generate(prompt, **settings) for prompt in (PROMPT, long)]
+
+
 def test_a_prompt_longer_than_the_context_is_refused(opened: Loader, engine: str) -> None:
     with pytest.raises(UsageError, match="at most 512"):
         opened("hybrid", engine).generate("a" * 600)

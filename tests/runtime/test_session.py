@@ -235,6 +235,21 @@ def test_padding_does_not_use_the_context_up(opened: Loader, engine: str) -> Non
     assert session.room == 512 - 10
 
 
+@pytest.mark.parametrize("kept", ["softmax", "hybrid"])
+def test_padding_does_not_end_a_row_at_the_context(
+    opened: Loader, ids: np.ndarray, engine: str, kept: str
+) -> None:
+    tokens, mask = np.full((2, 500), 9), np.ones((2, 500), np.int64)
+    tokens[1, 495:], mask[1, :495] = ids[:5], 0
+    session = opened(kept, engine).session(batch=2)
+    session.append(tokens, mask)
+    session.reorder([1])
+    alone = opened(kept, engine).session()
+    alone.append(ids[:5])
+    more = ids[5:45]  # to column 540 of 512
+    assert_close("logits", alone.append(more), session.append(more), ratio=FP32)
+
+
 def test_recurrent_models_have_no_limit(opened: Loader, engine: str) -> None:
     session = opened("kv_head", engine).session()
     assert session.room is None
