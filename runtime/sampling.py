@@ -6,7 +6,7 @@ best whose probability reaches p, min-p what is at least p times as likely as th
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -76,11 +76,10 @@ class GenerationOptions:
         _require_integer("num_beams", self.num_beams, 1)
         if self.seed is not None:
             _require_integer("seed", self.seed, 0)
-        _require(_finite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        _require(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0, up to 1")
-        _require(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "0 to 1")
-        penalty = self.repetition_penalty
-        _require(_finite(penalty) and penalty > 0, "repetition_penalty", "above 0")
+        self._require("temperature", lambda value: value >= 0, "0 or more")
+        self._require("top_p", lambda value: 0 < value <= 1, "above 0, up to 1")
+        self._require("min_p", lambda value: 0 <= value <= 1, "0 to 1")
+        self._require("repetition_penalty", lambda value: value > 0, "above 0")
         if not all(isinstance(text, str) and text for text in stop):
             raise UsageError(f"stop {stop!r} given; allowed: strings of one character or more")
         if self.num_beams > 1 and self.temperature > 0:
@@ -88,6 +87,11 @@ class GenerationOptions:
                 f"num_beams {self.num_beams} and temperature {self.temperature} given; "
                 "beam search does not sample: leave one of them out"
             )
+
+    def _require(self, name: str, holds: Callable[[float], bool], allowed: str) -> None:
+        value = getattr(self, name)
+        if not (isinstance(value, int | float) and np.isfinite(value) and holds(value)):
+            raise UsageError(f"{name} {value!r} given; allowed: {allowed}")
 
     @classmethod
     def of(cls, settings: GenerationSettings) -> "GenerationOptions":
@@ -104,15 +108,6 @@ class GenerationOptions:
             )
         values: dict[str, Any] = dict(settings)
         return cls(**values)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def _require(holds: bool, name: str, allowed: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} is out of range; allowed: {allowed}")
 
 
 def _require_integer(name: str, value: object, least: int) -> None:
