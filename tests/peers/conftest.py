@@ -87,13 +87,13 @@ def prompts() -> list[Prompt]:
 def prompt_of(
     opened: Callable[[str, str], Model], prompts: list[Prompt]
 ) -> Callable[[str], Prompt]:
-    """`prompt_of("hybrid")`: the longer prompt; for a real bundle a question in its template."""
+    """`prompt_of("hybrid")`: the longer prompt; for a real bundle a request in its template."""
 
     def choose(name: str) -> Prompt:
         if name in KINDS:
             return prompts[1]
         model = opened(name, "onnx")
-        text = model.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+        text = model.chat_prompt([{"role": "user", "content": "Tell me a long story."}])
         return model.tokenizer.encode_prompt(text)
 
     return choose

@@ -12,17 +12,18 @@ from edgekit.runtime import Model
 
 pytestmark = pytest.mark.peer
 
+END = 2  # ends a text in every bundle here; the library cannot be told to go on
 RECURRENT = ("q_head", "kv_head", "hybrid")
 Generator = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def generator(bundle: Callable[[str], Path]) -> Generator:
-    """`generator("hybrid", ends=[7], batch_size=2)`; 319 ends a text unless told otherwise."""
+    """`generator("hybrid", ends=(7,), batch_size=2)`; 7 ends a text too."""
     genai = pytest.importorskip("onnxruntime_genai")
     made: dict[tuple[str, str], Any] = {}
 
-    def make(name: str, ends: tuple[int, ...] = (319,), **search: Any) -> Any:
+    def make(name: str, ends: tuple[int, ...] = (), **search: Any) -> Any:
         overlay = json.dumps({"model": {"eos_token_id": ends}})
         if (name, overlay) not in made:
             config = genai.Config(str(bundle(name)))
@@ -57,7 +58,7 @@ def test_greedy_tokens_are_ours_and_rewinding_starts_anew(
 ) -> None:
     prompt = prompt_of(bundle_name)
     (expected,) = greedy(bundle_name, "onnx", [prompt])
-    assert 319 not in expected
+    assert END not in expected
     running = generator(bundle_name)
     append(running, prompt)
     assert advance(running, 32) == expected
