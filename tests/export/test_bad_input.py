@@ -1,93 +1,30 @@
 """What a user of `edgekit convert` sees when something is wrong: one line, and nothing at OUT."""
 
-import contextlib
 import json
-import multiprocessing
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess as Process
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgekit.bundle import MANIFEST, PARTIAL, check_files, read_manifest
-from edgekit.cli.main import main
+from edgekit.bundle import MANIFEST
 from edgekit.errors import BundleError, SourceError
 from edgekit.export.pipeline import convert
 
-Tiny = Callable[..., Path]
 QUICK = ("--weights", "fp32", "--no-verify", "--target", "generic-x86")
-PAGE = 4096
-PRELOADED = [
-    "edgekit.export.openvino_file",
-    "edgekit.export.pipeline",
-    "edgekit.export.to_onnx",
-    "edgekit.sources.hf",
-    "onnxruntime",
-    "openvino_tokenizers",
-    "sympy",
-    "torch._dynamo",
-    "transformers.tokenization_utils_tokenizers",
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    code: int
-    err: list[str]
-
-
-Edgekit = Callable[..., Done]
-
-
-@pytest.fixture
-def edgekit(capfd: pytest.CaptureFixture[str]) -> Edgekit:
-    """Run the command here; the engines' own C++ code must not write to stderr either."""
-
-    def run(*arguments: object) -> Done:
-        capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return Done(code=code, err=capfd.readouterr().err.splitlines())
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tiny_checkpoint: Tiny) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture(scope="session")
-def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of both engines; read-only."""
-    out = tmp_path_factory.mktemp("bad-input") / "whole"
-    convert(checkpoint, out, weights="fp32", verify=False, target="generic-x86")
-    return out
+Edgekit = Callable[..., Any]
+Contents = Callable[[Path], dict[str, bytes]]
 
 
 @pytest.fixture
 def source(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint, to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "source"))
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "here").mkdir()
-    return tmp_path / "here" / "out"
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 # ---- sources
@@ -263,7 +200,7 @@ def test_a_bundle_that_cannot_be_trusted(
 
 
 def test_an_existing_out_is_refused_at_once(
-    edgekit: Edgekit, checkpoint: Path, whole: Path, out: Path
+    edgekit: Edgekit, checkpoint: Path, whole: Path, out: Path, contents: Contents
 ) -> None:
     shutil.copytree(whole, out)
     before = contents(out)
@@ -280,25 +217,6 @@ def test_an_out_below_a_file(edgekit: Edgekit, checkpoint: Path, out: Path) -> N
     assert (done.code, len(done.err)) == (1, 1)
     assert f"{out}/a/b: could not be written (a part of the path is no directory" in done.err[0]
     assert os.listdir(out.parent) == ["out"]
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """`mount("size=8k")` is an empty file system in memory, for those who may mount."""
-    made: list[Path] = []
-
-    def at(options: str) -> Path:
-        directory = tmp_path / f"mount{len(made)}"
-        directory.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("may not mount a file system")
-        made.append(directory)
-        return directory
-
-    yield at
-    for directory in made:
-        subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
 @pytest.fixture
@@ -330,141 +248,6 @@ def test_a_mount_point_cannot_be_replaced(
     assert (done.code, len(done.err)) == (1, 1)
     assert "is a mount point; choose the name of a directory in it" in done.err[0]
     assert edgekit("convert", checkpoint, "-o", directory / "out", *QUICK).code == 0
-
-
-# ---- the disk
-
-
-def pages(path: Path) -> int:
-    return -(-path.stat().st_size // PAGE)
-
-
-def fits_until(bundle: Path, name: str) -> int:
-    """Pages for what is written before `name`, and about half of it."""
-    written = sorted(bundle.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    before = written[: written.index(bundle / name)]
-    return sum(map(pages, before)) + pages(bundle / name) // 2
-
-
-@pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tokenizer.json",
-        "openvino_tokenizer.xml",
-        "openvino_model.bin",
-        "openvino_model.xml",
-        "model.onnx.data",
-        "model.onnx",
-        MANIFEST,
-    ],
-)
-def test_the_disk_fills_up(
-    edgekit: Edgekit,
-    checkpoint: Path,
-    whole: Path,
-    mount: Callable[[str], Path],
-    name: str,
-    force: bool,
-) -> None:
-    held = sum(map(pages, whole.iterdir())) if force else 0
-    disk = mount(f"size={(held + fits_until(whole, name)) * PAGE}")
-    if force:
-        shutil.copytree(whole, disk / "out")
-    done = edgekit("convert", checkpoint, "-o", disk / "out", *QUICK, "--force")
-    assert done.code == 1
-    assert done.err[-1] == (
-        f"edgekit: error: {disk}/out: could not be written (the disk is full); nothing changed"
-    )
-    assert os.listdir(disk) == (["out"] if force else [])
-    if force:
-        assert contents(disk / "out") == contents(whole)
-
-
-@contextlib.contextmanager
-def files_no_longer_than(count: int) -> Iterator[None]:
-    """Writing beyond `count` bytes fails with EFBIG; Python ignores the signal that comes along."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize(
-    ("engine", "count"),
-    [("openvino", 16_000), ("openvino", 300_000), ("onnx", 12_000), ("onnx", 300_000)],
-    ids=["tokenizer-ir", "openvino", "onnx-graph", "onnx"],
-)
-def test_the_system_refuses_to_write_more(
-    checkpoint: Path, whole: Path, out: Path, engine: str, count: int
-) -> None:
-    shutil.copytree(whole, out)
-    with files_no_longer_than(count), pytest.raises(BundleError, match=r"\(File too large.*\)"):
-        convert(
-            checkpoint,
-            out,
-            weights="fp32",
-            formats=[engine],
-            target="generic-x86",
-            verify=False,
-            force=True,
-        )
-    assert os.listdir(out.parent) == ["out"]
-    assert contents(out) == contents(whole)
-
-
-# ---- the process
-
-
-@pytest.fixture(scope="module")
-def start() -> Callable[..., Process]:
-    """Start the command in a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-
-    def command(*arguments: object) -> Process:
-        process = context.Process(target=main, args=([str(a) for a in arguments],))
-        process.start()
-        return process
-
-    return command
-
-
-def await_file(out: Path, name: str, process: Process) -> Path:
-    """Wait until the unfinished bundle holds `name`; returns the directory it is made in."""
-    for _ in range(60_000):
-        for partial in out.parent.glob(f".{out.name}.*{PARTIAL}"):
-            if (partial / name).exists():
-                return partial
-        if not process.is_alive():
-            pytest.fail(f"convert ended before {name} was there")
-        time.sleep(0.001)
-    pytest.fail(f"{name} did not appear in a minute")
-
-
-@pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
-@pytest.mark.parametrize(
-    "name", [".", "openvino_model.bin", "model.onnx.data", "genai_config.json", MANIFEST]
-)
-def test_a_kill_leaves_nothing_half_written(
-    checkpoint: Path, whole: Path, out: Path, start: Callable[..., Process], name: str, force: bool
-) -> None:
-    if force:
-        shutil.copytree(whole, out)
-    process = start("convert", checkpoint, "-o", out, "--force", "--weights", "fp32")
-    partial = await_file(out, name, process)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert partial.exists()
-    assert out.exists() == force
-    if force:
-        assert contents(out) == contents(whole)
-    convert(checkpoint, out, weights="fp32", verify=False, force=force)
-    assert os.listdir(out.parent) == ["out"]
-    check_files(out, read_manifest(out))
 
 
 def test_api_errors_are_ours(source: Path, out: Path) -> None:
