@@ -94,16 +94,19 @@ class Generation:
         options: GenerationOptions,
         ends: tuple[int, ...],
         vocab: int,
+        *,
+        seen: Sequence[Integers] | None = None,
     ) -> None:
         """Prepare; nothing is computed yet.
 
         Args:
-            session: empty, with one row per prompt.
+            session: with one row per prompt; what it has read already comes before the prompts.
             tokenizer: of the same bundle.
-            prompts: ids `[T]` each.
+            prompts: ids `[T]` each, not read yet.
             options: how to continue.
             ends: token ids that end a text, unless `options.ignore_eos`.
             vocab: V, entries of the logits.
+            seen: ids of each row that count for the repetition penalty; None: those of `prompts`.
 
         Raises:
             UsageError: if a prompt is empty.
@@ -114,8 +117,8 @@ class Generation:
         self._prompts = prompts
         self._ends = () if options.ignore_eos else ends
         self._rows = [
-            _Row(tokenizer, options, Sampler(options, prompt, vocab, row), self._ends)
-            for row, prompt in enumerate(prompts)
+            _Row(tokenizer, options, Sampler(options, ids, vocab, row), self._ends)
+            for row, ids in enumerate(prompts if seen is None else seen)
         ]
         self._seconds = 0.0
         self._ttft = 0.0

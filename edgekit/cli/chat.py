@@ -123,7 +123,8 @@ class Conversation:
 
         asked = [*self.messages, {"role": "user", "content": message}]
         prompt = self._model.chat_prompt(asked)
-        fresh = self._unread(prompt)
+        ids = self._model.tokenizer.encode_prompt(prompt)
+        fresh = self._unread(ids)
         self._read = ""  # until the answer is whole, the state stands for no known text
         facts = self._model.manifest.model
         generation = Generation(
@@ -133,6 +134,7 @@ class Conversation:
             self._options,
             facts.eos_token_ids,
             facts.vocab_size,
+            seen=[ids],  # an answer must not depend on how much of the prompt was read before
         )
         pieces = []
         for _, piece in generation.pieces():
@@ -143,9 +145,8 @@ class Conversation:
         if self.stats is not None and self.stats.endings == ("end of text",):
             self._read = prompt + "".join(pieces)
 
-    def _unread(self, prompt: str) -> "Integers":
-        """Token ids of `prompt` that the session has not read; all if it has read another text."""
-        ids = self._model.tokenizer.encode_prompt(prompt)
+    def _unread(self, ids: "Integers") -> "Integers":
+        """The prompt's `ids [T]` that the session has not read; all if it has read another text."""
         read = self._model.tokenizer.encode_prompt(self._read) if self._read else ids[:0]
         same = len(read) == self._session.position and ids[: len(read)].tolist() == read.tolist()
         if not same or len(ids) == len(read):

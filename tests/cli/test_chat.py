@@ -34,15 +34,21 @@ def test_second_turn_equals_reading_the_whole_conversation(model: Model) -> None
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
 
 
+def ending_at_once(bundle: Path) -> Model:
+    """A random model rarely ends by itself: what it says to "hello" is the token that ends."""
+    model = load(bundle, engine="openvino")
+    prompt = model.chat_prompt([{"role": "user", "content": "hello"}])
+    first = int(model.session().append(model.tokenizer.encode_prompt(prompt))[0].argmax())
+    facts = replace(model.manifest.model, eos_token_ids=(first,))
+    model.manifest = replace(model.manifest, model=facts)
+    return model
+
+
 def test_only_new_turns_are_read(lawcat_bundle: Path) -> None:
-    model = load(lawcat_bundle, engine="openvino")
+    model = ending_at_once(lawcat_bundle)
     prompt = model.tokenizer.encode_prompt(
         model.chat_prompt([{"role": "user", "content": "hello"}])
     )
-    # A random model rarely ends by itself: what it says first shall be the token that ends.
-    first = int(model.session().append(prompt)[0].argmax())
-    facts = replace(model.manifest.model, eos_token_ids=(first,))
-    model.manifest = replace(model.manifest, model=facts)
     talk = Conversation(model, GenerationOptions(max_new_tokens=4))
     say(talk.answer("hello"))
     assert talk.stats is not None
@@ -50,6 +56,24 @@ def test_only_new_turns_are_read(lawcat_bundle: Path) -> None:
     say(talk.answer("more"))
     both = model.tokenizer.encode_prompt(model.chat_prompt(talk.messages[:3]))
     assert talk.stats.prompt_tokens == len(both) - len(prompt)
+
+
+def test_repetitions_of_turns_read_before_are_penalised(
+    lawcat_bundle: Path, tmp_path: Path
+) -> None:
+    model = ending_at_once(lawcat_bundle)
+    talk = Conversation(model, GenerationOptions(max_new_tokens=4))
+    say(talk.answer("hello"))
+    talk.save(tmp_path / "kept")
+    # A penalty this high leaves only tokens that no turn has used.
+    settings = {"repetition_penalty": 1e6, "max_new_tokens": 60, "ignore_eos": True}
+    other = Conversation(model, GenerationOptions(**settings))
+    other.load(tmp_path / "kept")
+    answer = say(other.answer("zq"))
+    whole = model.chat_prompt(other.messages[:3])
+    assert other.stats is not None
+    assert other.stats.prompt_tokens < len(model.tokenizer.encode_prompt(whole))
+    assert answer == model.generate(whole, **settings)
 
 
 def test_save_and_load_go_on_where_they_were(model: Model, tmp_path: Path) -> None:
