@@ -30,7 +30,7 @@ def load(
     path: Path | str,
     *,
     engine: str | None = None,
-    device: str = "CPU",
+    device: str | None = None,
     logits: Literal["last", "all"] = "last",
     threads: int | None = None,
     cache_dir: str | Path | None = None,
@@ -40,8 +40,10 @@ def load(
 
     Args:
         path: the bundle's directory.
-        engine: `openvino` or `onnx`; None: the bundle's first that is installed.
-        device: the engine's device name, such as `CPU` or, with OpenVINO, `GPU`.
+        engine: `openvino` or `onnx`; None: the target's if the bundle has it and it is installed,
+            else the bundle's first that is.
+        device: the engine's device name, such as `CPU` or, with OpenVINO, `GPU`; None: the target's
+            on the target's engine, `CPU` on the other one.
         logits: `all` makes `Session.append` answer for every position, as perplexity needs.
         threads: CPU threads; None: the target's setting, or else the engine's choice.
         cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster.
@@ -64,13 +66,15 @@ def load(
     started = time.perf_counter()
     directory = Path(path)
     manifest = read_manifest(directory)
-    name = _chosen_engine(manifest, engine)
+    target = targets.load(manifest.target)
+    name = _chosen_engine(manifest, engine, target.engine)
     if check:
         wanted = (*ENGINE_FILES[name], *TEXT_FILES)
         check_files(directory, manifest, (file for file in wanted if file in manifest.files))
-    target = targets.load(manifest.target)
+    # A device name means something to its own engine only.
+    preferred = target.device if name == target.engine else "CPU"
     settings = EngineSettings(
-        device=device,
+        device=preferred if device is None else device,
         logits=logits,
         threads=target.threads if threads is None else threads,
         cache_dir=None if cache_dir is None else Path(cache_dir),
@@ -90,7 +94,7 @@ def load(
     )
 
 
-def _chosen_engine(manifest: Manifest, engine: str | None) -> str:
+def _chosen_engine(manifest: Manifest, engine: str | None, preferred: str) -> str:
     if engine is not None:
         if engine not in ENGINES:
             raise UsageError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
@@ -106,7 +110,7 @@ def _chosen_engine(manifest: Manifest, engine: str | None) -> str:
     if not found:
         wanted = " or ".join(ENGINES[name][0] for name in manifest.engines if name in ENGINES)
         raise EngineError(f"this bundle needs {wanted}; {_advice(manifest.engines[0])}")
-    return found[0]
+    return preferred if preferred in found else found[0]
 
 
 def _installed(engine: str) -> bool:

@@ -40,9 +40,9 @@ class Options:
         depths: tokens read before decoding is timed; 0 starts from a single token.
         tokens: tokens decoded at each depth.
         repeat: timed repetitions of each figure, after one that is not counted.
-        engine: `openvino` or `onnx`; None: the first that works.
-        device: the engine's device name.
-        threads: CPU threads; None: the engine's choice.
+        engine: `openvino` or `onnx`; None: as `edgekit.runtime.load` chooses.
+        device: the engine's device name; None: the target's.
+        threads: CPU threads; None: the target's, or else the engine's choice.
         memory: whether to run the second process that measures memory.
     """
 
@@ -51,7 +51,7 @@ class Options:
     tokens: int = 64
     repeat: int = 3
     engine: str | None = None
-    device: str = "CPU"
+    device: str | None = None
     threads: int | None = None
     memory: bool = True
 

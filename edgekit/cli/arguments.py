@@ -3,9 +3,18 @@
 import argparse
 from collections.abc import Callable
 
-__all__ = ["add_engine", "add_json", "choices", "layers", "natural", "numbers", "positive"]
+from edgekit.targets.schema import ENGINES
 
-ENGINES = ("openvino", "onnx")
+__all__ = [
+    "add_device",
+    "add_engine",
+    "add_json",
+    "choices",
+    "layers",
+    "natural",
+    "numbers",
+    "positive",
+]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -93,15 +102,20 @@ def _whole(text: str) -> int:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add `--engine`, `--device` and `--threads`."""
-    parser.add_argument("--engine", choices=ENGINES, help="default: the first that is installed")
-    parser.add_argument("--device", default="CPU", help="such as CPU, GPU or NPU (default: CPU)")
-    add_threads(parser)
-
-
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    """Add `--threads`."""
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: the engine's choice)"
+        "--engine", choices=ENGINES, help="default: the target's, if it is here, else the other"
+    )
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` and `--threads`."""
+    parser.add_argument("--device", help="such as CPU, GPU or NPU (default: the target's)")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads (default: the target's, or the engine's choice)",
     )
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import ENGINES, add_threads, choices, numbers, positive
+from edgekit.cli.arguments import add_device, choices, numbers, positive
 from edgekit.cli.output import as_json, as_markdown, as_table, size, write_text
+from edgekit.targets.schema import ENGINES
 
 if TYPE_CHECKING:
     from edgekit.runtime.latency import Report
@@ -45,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", type=choices(ENGINES), help="one, or a list such as openvino,onnx"
     )
-    parser.add_argument("--device", default="CPU", help="such as CPU, GPU or NPU (default: CPU)")
-    add_threads(parser)
+    add_device(parser)
     parser.add_argument(
         "--prompt", type=numbers, default=(128, 1024), metavar="N,N", help="prompt lengths"
     )

@@ -91,7 +91,7 @@ def bundle_perplexity(
     options: Options,
     *,
     engine: str | None = None,
-    device: str = "CPU",
+    device: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
@@ -101,9 +101,9 @@ def bundle_perplexity(
         bundle: its directory.
         text: what to read.
         options: windows.
-        engine: `openvino` or `onnx`; None: the first that works.
-        device: the engine's device name.
-        threads: CPU threads; None: the engine's choice.
+        engine: `openvino` or `onnx`; None: as `edgekit.runtime.load` chooses.
+        device: the engine's device name; None: the target's.
+        threads: CPU threads; None: the target's, or else the engine's choice.
         progress: called with a step's name, its number and the count of steps.
 
     Raises:

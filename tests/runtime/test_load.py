@@ -1,5 +1,6 @@
 """Opening bundles: which engine, which device, what is refused, and that no torch is needed."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgekit import targets
 from edgekit.bundle import ENGINE_FILES
 from edgekit.errors import BundleError, EngineError, UsageError
 from edgekit.runtime import Model, load
@@ -56,18 +58,40 @@ def test_facts_of_a_model(opened: Loader, bundle: Bundle, engine: str) -> None:
     assert model.tokenizer.vocab_size == 320
 
 
-def test_the_first_engine_is_the_default(bundle: Bundle) -> None:
-    assert load(bundle("q_head")).engine == "openvino"
+@pytest.mark.parametrize(
+    ("engines", "chosen"),
+    [(["onnx", "openvino"], "openvino"), (["onnx"], "onnx")],
+    ids=["both", "only-the-other"],
+)
+def test_the_engine_of_the_target_is_the_default(
+    copy: Path, engines: list[str], chosen: str
+) -> None:
+    rewrite_manifest(copy, engines=engines)
+    assert load(copy).engine == chosen
+
+
+def test_the_device_of_the_target_is_the_default(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = (targets.FOLDER / "generic-x86.toml").read_text()
+    (tmp_path / "tpu.toml").write_text(profile.replace('device = "CPU"', 'device = "TPU"'))
+    monkeypatch.setattr(targets, "FOLDER", tmp_path)
+    rewrite_manifest(copy, target="tpu")
+    with pytest.raises(EngineError, match="device 'TPU'"):
+        load(copy)
+    assert load(copy, device="CPU").device == "CPU"
+    assert load(copy, engine="onnx").device == "CPU"
 
 
 def test_an_engine_that_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bundle("q_head")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r'pip install "edgekit-lm\[openvino\]"'):
-        load(bundle("q_head"), engine="openvino")
-    assert load(bundle("q_head")).engine == "onnx"
+        load(made, engine="openvino")
+    assert load(made).engine == "onnx"
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match="needs openvino or onnxruntime"):
-        load(bundle("q_head"))
+        load(made)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +137,11 @@ def copy(bundle: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle("hybrid"), tmp_path / "copy"))
 
 
+def rewrite_manifest(directory: Path, **changes: object) -> None:
+    path = directory / "edgekit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("name", "on"),
     [
@@ -148,10 +177,6 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_the_bundle_lacks(copy: Path) -> None:
-    manifest = copy / "edgekit.json"
-    text = manifest.read_text()
-    start = text.index('"engines"')
-    end = text.index("]", start) + 1
-    manifest.write_text(f'{text[:start]}"engines": ["openvino"]{text[end:]}')
+    rewrite_manifest(copy, engines=["openvino"])
     with pytest.raises(EngineError, match="convert again with --format onnx"):
         load(copy, engine="onnx")
