@@ -5,7 +5,9 @@ running beam, at its present mean, is above the worst of the `num_beams` finishe
 it goes on to `max_new_tokens`. K beams, V vocabulary.
 """
 
+import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +15,22 @@ from edgekit.runtime.engine import Floats, Integers
 from edgekit.runtime.sampling import GenerationOptions, penalise
 from edgekit.runtime.session import Session
 
-__all__ = ["beam_search"]
+__all__ = ["BeamText", "beam_search"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BeamText:
+    """What beam search found.
+
+    Attributes:
+        tokens: the new tokens, the one that finished them left out.
+        ending: why they are no more.
+        ttft_seconds: from the start until the prompt was read and the first step taken.
+    """
+
+    tokens: list[int]
+    ending: Literal["end of text", "max_new_tokens", "context full"]
+    ttft_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +65,7 @@ class _Search:
 
 def beam_search(
     session: Session, prompt: Integers, options: GenerationOptions, ends: tuple[int, ...]
-) -> list[int]:
+) -> BeamText:
     """The best continuation of a prompt.
 
     Args:
@@ -57,12 +74,10 @@ def beam_search(
         options: `num_beams`, `max_new_tokens` and `repetition_penalty` are read.
         ends: tokens that finish a text.
 
-    Returns:
-        New tokens, the one that finished them left out.
-
     Raises:
         UsageError: if the prompt does not fit the model's context.
     """
+    started, ttft = time.perf_counter(), 0.0
     logits = session.append(prompt)
     search = _Search(options.num_beams, [_Beam(tokens=(), row=0, score=0.0)])
     limit = options.max_new_tokens
@@ -72,12 +87,20 @@ def beam_search(
         _advance(
             search, _log_probabilities(logits, search, prompt, options), ends, step + 1 == limit
         )
+        ttft = ttft or time.perf_counter() - started
         if step + 1 == limit or not search.can_improve():
             break
         session.reorder([beam.row for beam in search.running])
         logits = session.append([[beam.tokens[-1]] for beam in search.running])
     best = search.finished[0][1].tokens
-    return list(best[:-1] if best[-1] in ends else best)
+    if best[-1] in ends:
+        return BeamText(tokens=list(best[:-1]), ending="end of text", ttft_seconds=ttft)
+    full = limit < options.max_new_tokens
+    return BeamText(
+        tokens=list(best),
+        ending="context full" if full else "max_new_tokens",
+        ttft_seconds=ttft,
+    )
 
 
 def _log_probabilities(

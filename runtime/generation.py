@@ -159,12 +159,12 @@ class Generation:
         """The text that beam search finds for the only prompt."""
         started = time.perf_counter()
         found = beam_search(self._session, self._prompts[0], self._options, self._ends)
-        self._seconds = self._ttft = time.perf_counter() - started
+        self._seconds, self._ttft = time.perf_counter() - started, found.ttft_seconds
         stop = StopFilter(self._options.stop)
-        text = stop.push(self._tokenizer.decode(found))
-        full = len(found) == self._options.max_new_tokens
-        ending: Ending = "max_new_tokens" if full else "end of text"
-        self._finish(len(found), ("stop string" if stop.stopped else ending,))
+        text = stop.push(self._tokenizer.decode(found.tokens))
+        ended = found.ending == "end of text"  # by a token that counts though it is not shown
+        ending: Ending = "stop string" if stop.stopped else found.ending
+        self._finish(len(found.tokens) + ended, (ending,))
         return text if stop.stopped else text + stop.finish()
 
     def _finish(self, new_tokens: int, endings: tuple[Ending, ...]) -> None:

@@ -12,6 +12,7 @@ import transformers
 from edgekit.errors import UsageError
 from edgekit.runtime import Model
 from edgekit.runtime.beam import beam_search
+from edgekit.runtime.generation import Generation
 from edgekit.runtime.sampling import GenerationOptions
 
 Loader = Callable[..., Model]
@@ -130,6 +131,7 @@ def test_generation_stops_at_the_context(opened: Loader, engine: str) -> None:
     beams = model.generate(prompt, max_new_tokens=100, ignore_eos=True, num_beams=2)
     assert beams
     assert model.last_stats.new_tokens == room + 1
+    assert model.last_stats.endings == ("context full",)
 
 
 def test_a_full_row_does_not_end_the_others(opened: Loader, engine: str) -> None:
@@ -217,7 +219,7 @@ def test_beams_are_those_of_transformers(
     model = opened("softmax", engine)
     for seed in range(4):
         found = beam_search(model.session(), beam_prompt(seed), GenerationOptions(**settings), ends)
-        assert found == transformers_beams(seed, ends, tuple(settings.items()))
+        assert found.tokens == transformers_beams(seed, ends, tuple(settings.items()))
 
 
 @pytest.mark.parametrize("kept", ["q_head", "kv_head", "hybrid"])
@@ -229,7 +231,7 @@ def test_beams_of_recurrent_models(
     prompt = model.tokenizer.encode(PROMPT)
     options = GenerationOptions(num_beams=4, max_new_tokens=8)
     found = beam_search(model.session(), prompt, options, ())
-    assert found == _naive_beams(reference(kept), prompt, 4, 8)
+    assert found.tokens == _naive_beams(reference(kept), prompt, 4, 8)
 
 
 def _naive_beams(
@@ -258,6 +260,29 @@ def test_beam_search_through_generate(opened: Loader, engine: str) -> None:
     )
     found = model.generate(PROMPT, num_beams=3, max_new_tokens=10, stop=single[3:5])
     assert found == single[: single.index(single[3:5])]
+
+
+@pytest.mark.parametrize(
+    ("ends", "count", "ending"),
+    [((), 6, "max_new_tokens"), (tuple(range(2, 320, 2)), 200, "end of text")],
+    ids=["all", "ended"],
+)
+def test_stats_of_beam_search(
+    opened: Loader, engine: str, ends: tuple[int, ...], count: int, ending: str
+) -> None:
+    model = opened("q_head", engine)
+    options = GenerationOptions(num_beams=3, max_new_tokens=count)
+    prompt = model.tokenizer.encode(PROMPT)
+    generation = Generation(model.session(), model.tokenizer, [prompt], options, ends, 320)
+    generation.best_beam()
+    stats = generation.stats
+    assert stats is not None
+    assert stats.endings == (ending,)
+    found = beam_search(model.session(), prompt, options, ends)
+    assert stats.new_tokens == len(found.tokens) + (ending == "end of text")
+    assert stats.ttft_seconds > 0
+    assert stats.decode_seconds > 0
+    assert stats.tokens_per_second == pytest.approx((stats.new_tokens - 1) / stats.decode_seconds)
 
 
 def test_chat_prompt(opened: Loader, engine: str) -> None:
