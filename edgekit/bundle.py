@@ -21,6 +21,7 @@ from edgekit import config
 from edgekit.errors import BundleError
 
 __all__ = [
+    "ENGINE_FILES",
     "FORMAT_VERSION",
     "MANIFEST",
     "FileRecord",
@@ -68,7 +69,7 @@ class StateRecord:
     openvino: str
     onnx: tuple[str, str]
     shape: tuple[int, ...]
-    dtype: str = "float32"
+    dtype: Literal["float32"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -180,3 +180,11 @@ def test_an_engine_that_the_bundle_lacks(copy: Path) -> None:
     rewrite_manifest(copy, engines=["openvino"])
     with pytest.raises(EngineError, match="convert again with --format onnx"):
         load(copy, engine="onnx")
+
+
+def test_a_state_of_another_type_is_refused(copy: Path) -> None:
+    states = json.loads((copy / "edgekit.json").read_text())["states"]
+    states[0]["dtype"] = "float16"
+    rewrite_manifest(copy, states=states)
+    with pytest.raises(BundleError, match="dtype"):
+        load(copy)
