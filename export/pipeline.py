@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edgekit import __version__, targets
+from edgekit import __version__
 from edgekit.bundle import (
     ENGINE_FILES,
     FORMAT_VERSION,
@@ -22,22 +21,16 @@ from edgekit.bundle import (
     write_manifest,
 )
 from edgekit.config import dump
-from edgekit.errors import UsageError
 from edgekit.export import text_files
+from edgekit.export.plan import ONNX_BLOCK, Plan, check_choices, make_plan
 from edgekit.export.states import input_names, state_records
 from edgekit.export.verify import Verification, bounds_for, verification_tokens, verify_engine
-from edgekit.mixers.base import mixer_type
-from edgekit.models.config import DecoderConfig
-from edgekit.models.decoder import with_fresh_mixers
-from edgekit.models.weights import WeightStore
-from edgekit.sources import Source, open_source
+from edgekit.sources import open_source
+from edgekit.targets.schema import ENGINES
 
 __all__ = ["ConvertReport", "convert"]
 
 Progress = Callable[[str, int, int], None]
-WEIGHTS = ("fp32", "fp16", "int8", "int4")
-FORMATS = ("openvino", "onnx")
-ONNX_OPS = ("contrib", "portable")
 PACKAGES = (
     "torch",
     "openvino",
@@ -72,49 +65,17 @@ class ConvertReport:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """The checked arguments of one conversion."""
-
-    source: Source
-    config: DecoderConfig
-    weights: WeightStore
-    weights_format: str
-    group_size: int
-    formats: tuple[str, ...]
-    onnx_ops: str
-    target: str
-    calibration: Path | None
-
-    @property
-    def trained(self) -> bool:
-        """Whether every mixer's tensors came with the source."""
-        return set(self.config.mixers) == {"softmax"}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know of the result."""
-        untrained = "The recurrent layers are not distilled: the model is fast, and talks nonsense."
-        return self.source.notes if self.trained else (*self.source.notes, untrained)
-
-    def steps(self, verify: bool) -> list[str]:
-        """What the progress bar counts."""
-        writing = [f"write {engine}" for engine in self.formats]
-        checking = [f"verify {engine}" for engine in self.formats] if verify else []
-        return ["tokenizer", *writing, *checking, "checksums"]
-
-
 def convert(
     source: str | Path,
     out: str | Path,
     *,
     mixer: str = "softmax",
-    state_sharing: str = "q_head",
+    state_sharing: str | None = None,
     softmax_layers: Sequence[int] = (),
     weights: str | None = None,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = ENGINES,
     target: str = "auto",
-    onnx_ops: str = "contrib",
+    onnx_ops: str | None = None,
     calibration: str | Path | None = None,
     verify: bool = True,
     force: bool = False,
@@ -126,12 +87,12 @@ def convert(
         source: a Hugging Face directory or Hub id, a `.gguf` file, or `smollm2-135m-instruct`.
         out: the bundle directory to make.
         mixer: token mixer of every layer but `softmax_layers`.
-        state_sharing: for `lawcat`, `q_head` or `kv_head`.
+        state_sharing: for `lawcat`, `q_head` (default) or `kv_head`.
         softmax_layers: layers that keep softmax attention.
         weights: `fp32`, `fp16`, `int8` or `int4`; None takes the target's.
         formats: engines to write for, `openvino` and `onnx`.
         target: device profile, or `auto`.
-        onnx_ops: `contrib` for ONNX Runtime's fused operators, `portable` for standard ones only.
+        onnx_ops: `contrib` (default) for ONNX Runtime's fused operators, or `portable`.
         calibration: text file for data-aware int4 of the OpenVINO graph.
         verify: compare both engines with PyTorch, and fail above `verify.bounds_for`.
         force: replace an existing bundle at `out`.
@@ -141,7 +102,8 @@ def convert(
         What was written, how long it took, and how close it is.
 
     Raises:
-        UsageError: for an argument that is not allowed.
+        UsageError: for an argument that is not allowed, or that nothing would read.
+        EngineError: if an engine needed for verification is not installed.
         SourceError: if the source cannot be read or is not supported.
         BundleError: if `out` exists or cannot be written.
         VerificationError: if the bundle differs too much; nothing is left at `out`.
@@ -151,13 +113,28 @@ def convert(
         >>> convert("smollm2-135m-instruct", "out", weights="int4")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    _check_choices(weights, formats, onnx_ops, state_sharing)
+    check_choices(
+        mixer=mixer,
+        state_sharing=state_sharing,
+        softmax_layers=softmax_layers,
+        weights=weights,
+        formats=formats,
+        onnx_ops=onnx_ops,
+        verify=verify,
+    )
     with staged(out, force=force) as work:
-        plan = _plan(
-            open_source(source), mixer, state_sharing, softmax_layers, weights, formats, target,
-            onnx_ops, calibration,
-        )  # fmt: skip
-        tell = _teller(plan.steps(verify), progress)
+        plan = make_plan(
+            open_source(source),
+            mixer=mixer,
+            state_sharing=state_sharing,
+            softmax_layers=softmax_layers,
+            weights=weights,
+            formats=formats,
+            target=target,
+            onnx_ops=onnx_ops,
+            calibration=calibration,
+        )
+        tell = _teller(plan.progress_steps(verify), progress)
         manifest = _write(plan, work, tell)
         write_peak = _peak_rss()
         results = _verify(plan, work, tell) if verify else {}
@@ -175,56 +152,6 @@ def convert(
     )
 
 
-def _check_choices(
-    weights: str | None, formats: Sequence[str], onnx_ops: str, state_sharing: str
-) -> None:
-    given = [("weights", weights, (None, *WEIGHTS)), ("onnx_ops", onnx_ops, ONNX_OPS)]
-    given += [("format", name, FORMATS) for name in formats]
-    given += [("state_sharing", state_sharing, ("q_head", "kv_head"))]
-    for name, value, allowed in given:
-        if value not in allowed:
-            known = ", ".join(str(a) for a in allowed if a)
-            raise UsageError(f"{name} {value!r} given; allowed: {known}")
-    if not formats:
-        raise UsageError(f"no format given; allowed: {', '.join(FORMATS)}")
-
-
-def _plan(
-    source: Source,
-    mixer: str,
-    state_sharing: str,
-    softmax_layers: Sequence[int],
-    weights: str | None,
-    formats: Sequence[str],
-    target: str,
-    onnx_ops: str,
-    calibration: str | Path | None,
-) -> _Plan:
-    profile = targets.load(targets.detect() if target == "auto" else target)
-    mixer_type(mixer)
-    layers = source.config.num_layers
-    outside = [i for i in softmax_layers if not 0 <= i < layers]
-    if outside:
-        raise UsageError(f"softmax layer {outside[0]} given; allowed: 0 to {layers - 1}")
-    mixers = tuple("softmax" if i in softmax_layers else mixer for i in range(layers))
-    lawcat = replace(source.config.lawcat, state_sharing=state_sharing)  # type: ignore[arg-type]
-    config = source.config.with_mixers(mixers, lawcat)
-    chosen = weights or profile.weights
-    if calibration and (chosen != "int4" or "openvino" not in formats):
-        raise UsageError("a calibration text serves int4 weights of the openvino format only")
-    return _Plan(
-        source=source,
-        config=config,
-        weights=with_fresh_mixers(config, source.weights),
-        weights_format=chosen,
-        group_size=profile.group_size,
-        formats=tuple(dict.fromkeys(formats)),
-        onnx_ops=onnx_ops,
-        target=profile.name,
-        calibration=Path(calibration) if calibration else None,
-    )
-
-
 def _teller(steps: list[str], progress: Progress | None) -> Callable[[str], None]:
     def tell(step: str) -> None:
         if progress is not None:
@@ -233,7 +160,7 @@ def _teller(steps: list[str], progress: Progress | None) -> Callable[[str], None
     return tell
 
 
-def _write(plan: _Plan, work: Path, tell: Callable[[str], None]) -> Manifest:
+def _write(plan: Plan, work: Path, tell: Callable[[str], None]) -> Manifest:
     tell("tokenizer")
     text_files.write_configs(plan.source, plan.config, work)
     text_files.write_tokenizer(plan.source, work)
@@ -245,7 +172,7 @@ def _write(plan: _Plan, work: Path, tell: Callable[[str], None]) -> Manifest:
     return manifest
 
 
-def _write_openvino(plan: _Plan, work: Path) -> None:
+def _write_openvino(plan: Plan, work: Path) -> None:
     from edgekit.export.openvino_file import write_openvino
 
     text_files.write_tokenizer_ir(work)
@@ -259,26 +186,27 @@ def _write_openvino(plan: _Plan, work: Path) -> None:
     )
 
 
-def _calibration_tokens(plan: _Plan, work: Path) -> np.ndarray | None:
+def _calibration_tokens(plan: Plan, work: Path) -> np.ndarray | None:
     if plan.calibration is None:
         return None
-    if not plan.calibration.is_file():
-        raise UsageError(f"calibration text {plan.calibration} does not exist; give a text file")
-    ids = _encoder(work)(plan.calibration.read_text(encoding="utf-8"))
-    if not ids:
-        raise UsageError(f"calibration text {plan.calibration} is empty; give some paragraphs")
+    ids = _encoder(work)(plan.calibration[0])
     return np.array(ids, dtype=np.int64)
 
 
-def _write_onnx(plan: _Plan, work: Path) -> None:
+def _write_onnx(plan: Plan, work: Path) -> None:
     from edgekit.export.to_onnx import write_onnx
 
     write_onnx(
-        plan.config, plan.weights, work, weights_format=plan.weights_format, ops=plan.onnx_ops
+        plan.config,
+        plan.weights,
+        work,
+        weights_format=plan.weights_format,
+        ops=plan.onnx_ops,
+        block=ONNX_BLOCK,
     )
 
 
-def _verify(plan: _Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Verification]:
+def _verify(plan: Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Verification]:
     context = plan.config.context_length if "softmax" in plan.config.mixers else None
     ids = verification_tokens(_encoder(work), context)
     bounds = bounds_for(plan.weights_format, trained=plan.trained)
@@ -296,7 +224,7 @@ def _encoder(work: Path) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _manifest(plan: _Plan, work: Path) -> Manifest:
+def _manifest(plan: Plan, work: Path) -> Manifest:
     config = plan.config
     facts = ModelFacts(
         family=config.family,
@@ -317,23 +245,10 @@ def _manifest(plan: _Plan, work: Path) -> Manifest:
         weights=plan.weights_format,
         engines=plan.formats,
         target=plan.target,
-        pipeline=_pipeline(plan),
+        pipeline=plan.manifest_steps(),
         versions=_versions(),
         files=describe_files(work),
     )
-
-
-def _pipeline(plan: _Plan) -> tuple[dict[str, Any], ...]:
-    steps: list[dict[str, Any]] = [{"step": "load", "notes": list(plan.source.notes)}]
-    if not plan.trained:
-        steps.append({"step": "mixers", "trained": False, "lawcat": dump(plan.config.lawcat)})
-    quantise = {"step": "weights", "format": plan.weights_format, "group_size": plan.group_size}
-    if plan.calibration is not None:
-        quantise["calibration"] = plan.calibration.name
-    steps.append(quantise)
-    if "onnx" in plan.formats:
-        steps.append({"step": "onnx", "ops": plan.onnx_ops})
-    return tuple(steps)
 
 
 def _versions() -> dict[str, str]:

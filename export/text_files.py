@@ -76,6 +76,7 @@ def write_tokenizer_ir(out: Path) -> None:
 
     # Never AutoTokenizer: by `tokenizer_class` it may build another one than tokenizer.json says.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out, local_files_only=True)
+    tokenizer.padding_side = "left"  # what the graphs expect, and so LLMPipeline's batches
     models = convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("tokenizer", "detokenizer"), strict=True):
         save_ir(model, out / f"openvino_{name}.xml")

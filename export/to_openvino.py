@@ -80,8 +80,6 @@ class OpenVinoGraph:
         model.edgekit_owners = self._tensors
         return model
 
-    # Shared values
-
     @cached_property
     def _time(self) -> _Time:
         shape = op.shape_of(self._inputs["input_ids"])
@@ -136,8 +134,6 @@ class OpenVinoGraph:
         allowed = op.logical_or(op.logical_and(causal, tokens), itself)
         return op.select(allowed, _float(0.0), _float(MASKED)).output(0)
 
-    # Weights
-
     def _constant(self, tensor: torch.Tensor) -> Handle:
         """A constant over the tensor's own memory, widened to fp32 in the graph."""
         tensor = tensor.detach().contiguous()
@@ -169,8 +165,6 @@ class OpenVinoGraph:
         constant = node if node.get_type_name() == "Constant" else node.input_value(0).get_node()
         constant.set_friendly_name(name)
         return handle
-
-    # The vocabulary of mixers.graph.Graph
 
     def embed(self, name: str) -> Handle:
         """Gather of the table's rows."""
@@ -305,8 +299,6 @@ class OpenVinoGraph:
         last.set_friendly_name(LAST_POSITION)
         table = self._matrix(f"{name}.weight")
         self._logits = _named(op.matmul(last, table, False, True), "lm_head")
-
-    # Layout and state
 
     def _heads(self, x: Handle, width: int) -> Handle:
         """`[B, T, heads * width]` to `[B, heads, T, width]`."""

@@ -8,9 +8,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import ENGINES, add_json, choices, layers
+from edgekit.cli.arguments import add_json, choices, layers
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table, size
+from edgekit.targets.schema import ENGINES, WEIGHTS
 
 if TYPE_CHECKING:
     from edgekit.export.pipeline import ConvertReport
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "convert a model into a bundle"
-WEIGHTS = ("fp32", "fp16", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--state-sharing",
         choices=("q_head", "kv_head"),
-        default="q_head",
         help="lawcat: one state per query head (default), or the smaller one per KV head",
     )
     graph = parser.add_argument_group("graph and weights")
@@ -61,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     graph.add_argument(
         "--onnx-ops",
         choices=("contrib", "portable"),
-        default="contrib",
         help="fused operators of ONNX Runtime (default), or standard ones only",
     )
     graph.add_argument(

@@ -1,0 +1,182 @@
+"""The checked arguments of one conversion; what can be refused is refused here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from edgekit import targets
+from edgekit.config import dump
+from edgekit.errors import EngineError, UsageError
+from edgekit.mixers.base import mixer_type
+from edgekit.models.config import DecoderConfig
+from edgekit.models.decoder import with_fresh_mixers
+from edgekit.models.weights import WeightStore
+from edgekit.sources import Source
+from edgekit.targets.schema import ENGINES, WEIGHTS
+
+__all__ = ["ONNX_BLOCK", "Plan", "check_choices", "make_plan"]
+
+ONNX_OPS = ("contrib", "portable")
+STATE_SHARING = ("q_head", "kv_head")
+ONNX_BLOCK = 32  # input columns per scale of MatMulNBits; its fastest integer kernel
+PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What `convert` will do.
+
+    Attributes:
+        source: where the model comes from.
+        config: the decoder to export, with a mixer per layer.
+        weights: its tensors, fresh ones included.
+        weights_format: `fp32`, `fp16`, `int8` or `int4`.
+        group_size: input columns per int4 scale of the OpenVINO graph.
+        formats: engines to write for.
+        onnx_ops: operator set of the ONNX graph.
+        target: name of the device profile.
+        calibration: text for data-aware int4 of the OpenVINO graph, and its file's name.
+    """
+
+    source: Source
+    config: DecoderConfig
+    weights: WeightStore
+    weights_format: str
+    group_size: int
+    formats: tuple[str, ...]
+    onnx_ops: str
+    target: str
+    calibration: tuple[str, str] | None
+
+    @property
+    def trained(self) -> bool:
+        """Whether every mixer's tensors came with the source."""
+        return set(self.config.mixers) == {"softmax"}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the result."""
+        untrained = "The recurrent layers are not distilled: the model is fast, and talks nonsense."
+        return self.source.notes if self.trained else (*self.source.notes, untrained)
+
+    def progress_steps(self, verify: bool) -> list[str]:
+        """What the progress bar counts."""
+        writing = [f"write {engine}" for engine in self.formats]
+        checking = [f"verify {engine}" for engine in self.formats] if verify else []
+        return ["tokenizer", *writing, *checking, "checksums"]
+
+    def manifest_steps(self) -> tuple[dict[str, Any], ...]:
+        """The pipeline with its settings, as the manifest keeps it."""
+        steps: list[dict[str, Any]] = [{"step": "load", "notes": list(self.source.notes)}]
+        if not self.trained:
+            steps.append({"step": "mixers", "trained": False, "lawcat": dump(self.config.lawcat)})
+        steps.append({"step": "weights", "format": self.weights_format})
+        if "openvino" in self.formats:
+            steps.append(self._openvino_step())
+        if "onnx" in self.formats:
+            quantised = self.weights_format in ("int8", "int4")
+            block = {"block": ONNX_BLOCK} if quantised else {}
+            steps.append({"step": "onnx", "ops": self.onnx_ops, **block})
+        return tuple(steps)
+
+    def _openvino_step(self) -> dict[str, Any]:
+        step: dict[str, Any] = {"step": "openvino"}
+        if self.weights_format == "int4":
+            step["group_size"] = self.group_size
+        if self.calibration is not None:
+            step["calibration"] = self.calibration[1]
+        return step
+
+
+def check_choices(
+    *,
+    mixer: str,
+    state_sharing: str | None,
+    softmax_layers: Sequence[int],
+    weights: str | None,
+    formats: Sequence[str],
+    onnx_ops: str | None,
+    verify: bool,
+) -> None:
+    """Refuse what no source could make right.
+
+    Raises:
+        UsageError: for a value that is not allowed, or that nothing would read.
+        EngineError: if an engine that the verification needs is not installed.
+    """
+    given = [("weights", weights, (None, *WEIGHTS)), ("onnx_ops", onnx_ops, (None, *ONNX_OPS))]
+    given += [("format", name, ENGINES) for name in formats]
+    given += [("state_sharing", state_sharing, (None, *STATE_SHARING))]
+    for name, value, allowed in given:
+        if value not in allowed:
+            known = ", ".join(str(a) for a in allowed if a)
+            raise UsageError(f"{name} {value!r} given; allowed: {known}")
+    if not formats:
+        raise UsageError(f"no format given; allowed: {', '.join(ENGINES)}")
+    mixer_type(mixer)
+    if mixer == "softmax" and (state_sharing or softmax_layers):
+        raise UsageError("state_sharing and softmax_layers need another mixer, such as lawcat")
+    if onnx_ops and "onnx" not in formats:
+        raise UsageError(f"onnx_ops {onnx_ops!r} given without the onnx format")
+    for engine in formats:
+        if verify and find_spec(PACKAGES[engine]) is None:
+            raise EngineError(
+                f"{PACKAGES[engine]} is not installed, so the {engine} graph cannot be verified: "
+                f'pip install "edgekit-lm[{engine}]", or leave the format out'
+            )
+
+
+def make_plan(
+    source: Source,
+    *,
+    mixer: str,
+    state_sharing: str | None,
+    softmax_layers: Sequence[int],
+    weights: str | None,
+    formats: Sequence[str],
+    target: str,
+    onnx_ops: str | None,
+    calibration: str | Path | None,
+) -> Plan:
+    """Fit checked choices to a source.
+
+    Raises:
+        UsageError: for a layer, target or calibration text that does not fit.
+    """
+    profile = targets.load(targets.detect() if target == "auto" else target)
+    layers = source.config.num_layers
+    outside = [i for i in softmax_layers if not 0 <= i < layers]
+    if outside:
+        raise UsageError(f"softmax layer {outside[0]} given; allowed: 0 to {layers - 1}")
+    mixers = tuple("softmax" if i in softmax_layers else mixer for i in range(layers))
+    lawcat = replace(source.config.lawcat, state_sharing=state_sharing or "q_head")  # type: ignore[arg-type]
+    config = source.config.with_mixers(mixers, lawcat)
+    chosen = weights or profile.weights
+    if calibration and (chosen != "int4" or "openvino" not in formats):
+        raise UsageError("a calibration text serves int4 weights of the openvino format only")
+    return Plan(
+        source=source,
+        config=config,
+        weights=with_fresh_mixers(config, source.weights),
+        weights_format=chosen,
+        group_size=profile.group_size,
+        formats=tuple(dict.fromkeys(formats)),
+        onnx_ops=onnx_ops or "contrib",
+        target=profile.name,
+        calibration=_read_text(Path(calibration)) if calibration else None,
+    )
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    """A calibration file's text and name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise UsageError(
+            f"calibration text {path}: cannot be read ({cause}); give UTF-8"
+        ) from cause
+    if not text.strip():
+        raise UsageError(f"calibration text {path} is empty; give some paragraphs")
+    return text, path.name
