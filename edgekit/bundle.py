@@ -31,7 +31,9 @@ __all__ = [
     "check_files",
     "describe_files",
     "read_manifest",
+    "remove_abandoned",
     "staged",
+    "workspace",
     "write_manifest",
 ]
 
@@ -229,13 +231,7 @@ def staged(out: Path | str, *, force: bool = False) -> Iterator[Path]:
             _refuse_existing(final, force)
             undo.callback(_remove_empty, _missing(final.parent))
             final.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(
-                tempfile.mkdtemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent)
-            )
-            undo.callback(shutil.rmtree, work, ignore_errors=True)
-            lock = _claim(work)
-            if lock is not None:
-                undo.callback(os.close, lock)
+            work = undo.enter_context(workspace(final))
             yield work
             work.chmod(0o755)
             _flush(work)
@@ -245,6 +241,43 @@ def staged(out: Path | str, *, force: bool = False) -> Iterator[Path]:
             raise BundleError(
                 f"{out}: could not be written ({_reason(cause)}); nothing changed"
             ) from cause
+
+
+@contextlib.contextmanager
+def workspace(final: Path) -> Iterator[Path]:
+    """A hidden sibling of `final` to fill and rename; removed at the end if it is still there.
+
+    It is locked meanwhile, so that `remove_abandoned` can tell it from what a killed run left.
+
+    Args:
+        final: what the caller renames it to; its parent exists.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent))
+    lock = _claim(work)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_abandoned(folder: Path, name: str = "") -> None:
+    """Remove the workspaces in `folder` that a killed run left.
+
+    Args:
+        folder: where they lie; it need not exist.
+        name: of what they were to become; empty for all.
+    """
+    prefix = f".{glob.escape(name)}." if name else "."
+    for partial in folder.glob(f"{prefix}*{PARTIAL}"):
+        lock = _claim(partial)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
 
 
 def _reason(cause: OSError) -> str:
@@ -287,11 +320,14 @@ def _claim(directory: Path) -> int | None:
     mistaken for ours, as with a process id.
 
     Returns:
-        None if another process holds it, or where the file system has no locks.
+        None if another process holds it or removed it, or where the file system has no locks.
     """
     import fcntl  # not on Windows, where this module is read but nothing is staged
 
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -306,11 +342,7 @@ def _recover(out: Path) -> None:
     if old.is_dir() and not os.path.lexists(out):
         old.rename(out)
     shutil.rmtree(old, ignore_errors=True)
-    for partial in out.parent.glob(f".{glob.escape(out.name)}.*{PARTIAL}"):
-        lock = _claim(partial)
-        if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
+    remove_abandoned(out.parent, out.name)
 
 
 def _aside(out: Path) -> Path:

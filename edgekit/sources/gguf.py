@@ -1,15 +1,15 @@
 """A GGUF file, turned once into a directory in Hugging Face's layout and kept in a cache.
 
 Weights are dequantised to fp32 tensor by tensor, and the tokenizer is rebuilt from the file's own
-vocabulary. The directory appears whole or not at all: it is written to a sibling and renamed.
+vocabulary. The directory appears whole or not at all: it is written to a sibling and renamed, and
+what a killed run left of one is removed by the next conversion.
 """
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from edgekit.bundle import remove_abandoned, workspace
 from edgekit.errors import SourceError
 from edgekit.sources.base import Source, sha256_of
 from edgekit.sources.gguf_config import Metadata, foreign_config, generation_config
@@ -43,13 +43,10 @@ def open_gguf(
         sha256: of the file, if the caller knows it already.
 
     Raises:
-        SourceError: if the file is truncated or damaged, or the cache cannot be written.
+        SourceError: if the file is damaged or unreadable, or the cache cannot be written.
         UnsupportedError: if the model, its tokenizer or a tensor type is not one edgekit expresses.
     """
-    with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise SourceError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
-    digest = sha256 or sha256_of([path])
+    digest = sha256 or _digest(path)
     directory = cache_directory() / "gguf" / f"{digest[:16]}-v{FORMAT}"
     if not directory.is_dir():
         _convert(path, directory)
@@ -58,27 +55,42 @@ def open_gguf(
     return open_directory(directory, name=name, identity=identity, notes=(NOTE,))
 
 
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise SourceError(f"{path}: not a GGUF file (it does not begin with 'GGUF')")
+        return sha256_of([path])
+    except OSError as cause:
+        raise SourceError(
+            f"{path}: cannot be read ({cause.strerror}); give a GGUF file that you may read"
+        ) from cause
+
+
 def _convert(path: Path, directory: Path) -> None:
     reader = _read(path)
     metadata = Metadata(reader)
     config = foreign_config(metadata)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        remove_abandoned(directory.parent)
+        with workspace(directory) as work:
+            write_tokenizer(metadata, work)
+            write_json(work / "config.json", config)
+            write_json(work / "generation_config.json", generation_config(metadata))
+            write_weights(metadata, work / "model.safetensors")
+            _publish(work, directory)
     except OSError as cause:
         raise _unwritable(directory, cause) from cause
+
+
+def _publish(work: Path, directory: Path) -> None:
     try:
-        write_tokenizer(metadata, work)
-        write_json(work / "config.json", config)
-        write_json(work / "generation_config.json", generation_config(metadata))
-        write_weights(metadata, work / "model.safetensors")
+        work.rename(directory)
+    except OSError:
         # Another process may have been first; its directory has the same contents.
         if not directory.is_dir():
-            work.rename(directory)
-    except OSError as cause:
-        raise _unwritable(directory, cause) from cause
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _read(path: Path) -> Any:

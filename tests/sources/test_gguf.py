@@ -1,6 +1,9 @@
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from edgekit.models.config import RopeConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.rope import inverse_frequencies
 from edgekit.sources import Source, open_source
+from edgekit.sources.gguf import open_gguf
 
 Tiny = Callable[..., Path]
 WriteGguf = Callable[..., Path]
@@ -90,6 +94,54 @@ def test_the_conversion_is_cached_whole(
     assert open_source(path).directory == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     assert [entry.name for entry in (private_cache / "gguf").iterdir()] == [first.name]
+
+
+KILLED = """
+import os, signal, sys
+from edgekit.sources import gguf, open_source
+gguf.write_weights = lambda metadata, out: os.kill(os.getpid(), signal.SIGKILL)
+open_source(sys.argv[1])
+"""
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(
+    tiny_checkpoint: Tiny, write_gguf: WriteGguf, tmp_path: Path, private_cache: Path
+) -> None:
+    original = tiny_checkpoint("llama")
+    path = write_gguf(original, tmp_path / "model.gguf")
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((private_cache / "gguf").iterdir())) == 1
+    other = write_gguf(original, tmp_path / "other.gguf", extra={"general.version": "another"})
+    made = open_source(other).directory
+    assert list((private_cache / "gguf").iterdir()) == [made]
+
+
+def test_a_conversion_that_another_one_overtook_succeeds(
+    tiny_checkpoint: Tiny,
+    write_gguf: WriteGguf,
+    tmp_path: Path,
+    private_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_gguf(tiny_checkpoint("llama"), tmp_path / "model.gguf")
+    rename = Path.rename
+
+    def late(work: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        open_source(path)
+        assert (work / "model.safetensors").is_file()  # the other one left it alone
+        return rename(work, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    made = open_source(path).directory
+    assert Path.rename is rename
+    assert list((private_cache / "gguf").iterdir()) == [made]
+
+
+def test_an_unreadable_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"cannot be read \(.+\); give a GGUF file"):
+        open_gguf(tmp_path)
 
 
 def test_tokenizer_files(tiny_checkpoint: Tiny, write_gguf: WriteGguf, tmp_path: Path) -> None:
