@@ -80,7 +80,8 @@ class Report:
     Attributes:
         mixers: how many layers have each token mixer.
         output_md5: of the greedy token ids at the last depth, comma separated.
-        load_average: of the machine over one minute, before and after: other programs spoil it.
+        load_average: of the machine over one minute, before and after: other programs spoil it;
+            None where the system does not tell (Windows).
     """
 
     bundle: str
@@ -97,7 +98,7 @@ class Report:
     decode: tuple[Decode, ...]
     memory: Memory | None
     output_md5: str
-    load_average: tuple[float, float]
+    load_average: tuple[float, float] | None
     cpu: str
     cpu_count: int
     versions: dict[str, str]
@@ -116,7 +117,7 @@ def measure(bundle: str | Path, options: Options, progress: Progress | None = No
         EngineError: if the engine or device is missing.
         UsageError: if a softmax layer's context is shorter than a prompt or depth asked for.
     """
-    before = os.getloadavg()[0]
+    before = _load_average()
     tell = _teller(options, progress)
     model = open_model(bundle, options)
     check_context(model, options)
@@ -129,14 +130,21 @@ def measure(bundle: str | Path, options: Options, progress: Progress | None = No
     facts = _facts(model, bundle, options)
     tell("memory, in a second process")
     del model  # the second process must not share the machine's memory with a loaded model
+    memory = measure_memory(bundle, options) if options.memory else None
+    after = _load_average()
     return Report(
         **facts,
         prefill=tuple(prefill),
         decode=decode,
-        memory=measure_memory(bundle, options) if options.memory else None,
+        memory=memory,
         output_md5=hashlib.md5(",".join(map(str, output)).encode()).hexdigest(),
-        load_average=(before, os.getloadavg()[0]),
+        load_average=(before, after) if before is not None and after is not None else None,
     )
+
+
+def _load_average() -> float | None:
+    """Of one minute; None on a system without it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _teller(options: Options, progress: Progress | None) -> Callable[[str], None]:

@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _warn_if_busy(report: "Report") -> None:
-    load = report.load_average[0]
-    if load > BUSY:
+    load = report.load_average[0] if report.load_average else None
+    if load is not None and load > BUSY:
         print(
             f"edgekit: the machine was busy before the measurement (load {load:.1f} on "
             f"{report.cpu_count} CPUs); figures may be too low",
@@ -163,11 +163,13 @@ def _footer(report: "Report") -> str:
     peak = size(report.memory.total) if report.memory else "-"
     mixers = ", ".join(f"{count} {name}" for name, count in report.mixers.items())
     threads = "engine's choice" if report.threads is None else report.threads
+    load = f"{report.load_average[0]:.1f}" if report.load_average else "-"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return (
         f"{report.bundle} on {report.engine} {report.device}: {report.weights}, {mixers}; "
         f"model {size(report.model_bytes)}, load {report.load_ms:.0f} ms, "
         f"compile {report.compile_ms:.0f} ms, peak RSS {peak}; "
-        f"{report.repeat} repetitions, threads: {threads}; {report.cpu}, {report.cpu_count} CPUs; "
+        f"{report.repeat} repetitions, threads: {threads}; {report.cpu}, {report.cpu_count} CPUs, "
+        f"load before: {load}; "
         f"{versions}; output md5 {report.output_md5[:12]}"
     )

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,18 @@ def test_profile_of_softmax_shows_a_growing_state(
     too_deep = edgekit("profile", bundle, "--depth", "5000")
     assert too_deep.code == 2
     assert "5064 tokens asked for" in too_deep.err
+
+
+def test_profile_where_the_system_tells_no_load(
+    edgekit: Edgekit, lawcat_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has no os.getloadavg."""
+    monkeypatch.delattr(os, "getloadavg")
+    options = ("--prompt", "8", "--depth", "0", "--gen", "2", "--repeat", "1")
+    done = edgekit("profile", lawcat_bundle, *options)
+    assert done.code == 0, done.err
+    assert "load before: -;" in done.out
+    assert "busy" not in done.err
 
 
 def test_eval_of_bundle_and_source_agree(
