@@ -21,10 +21,17 @@ def open_hub(model_id: str, *, revision: str | None = None) -> Source:
         revision: branch, tag or commit; None: the default branch.
 
     Raises:
-        SourceError: if it cannot be had: no such model, no access, no network and not cached.
+        SourceError: if it cannot be had: no such model, no access, no network and not cached; or
+            it has no safetensors.
         UnsupportedError: if it is not of a supported family.
     """
     directory = _snapshot(model_id, revision)
+    if not any(directory.glob("*.safetensors")):
+        raise SourceError(
+            f"{model_id}: no safetensors in its Hub repository (or its cached part, offline); "
+            "a .bin is a pickle, which can run code and is not fetched: "
+            "choose a model or a revision with safetensors"
+        )
     # The cache names a snapshot by its commit.
     identity = {"kind": "hub", "name": model_id, "revision": directory.name}
     return open_directory(directory, name=model_id.rpartition("/")[2], identity=identity)
