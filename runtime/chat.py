@@ -16,6 +16,17 @@ from edgekit.errors import UsageError
 
 __all__ = ["render"]
 
+# What a template can run into: it is a program that the model's author wrote.
+FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}` marks, for training, what the assistant wrote; here it is its body."""
@@ -53,8 +64,9 @@ def render(
         return _compiled(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, **special
         )
-    except (jinja2.TemplateError, TypeError) as cause:
-        raise UsageError(f"the model's chat template refuses these messages: {cause}") from cause
+    except FAILURES as cause:
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UsageError(f"the model's chat template refuses these messages: {reason}") from cause
 
 
 @functools.lru_cache(maxsize=8)
