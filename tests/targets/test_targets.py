@@ -22,6 +22,14 @@ def test_profile_loads_and_names_where_each_setting_comes_from(name: str) -> Non
     assert min(target.prefill_block.values()) >= 1
 
 
+def test_what_was_measured_elsewhere_is_not_called_measured() -> None:
+    """So far nothing was measured on an Intel CPU."""
+    for name in set(targets.names()) - {"generic-x86"}:
+        kinds = {text.split(":")[0] for text in targets.load(name).provenance.values()}
+        assert "measured here" not in kinds, name
+    assert "AMD EPYC" in targets.load("generic-x86").provenance["prefill_block"]
+
+
 def test_unknown_target_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'pentium' is unknown; known: generic-x86, intel-cpu"):
         targets.load("pentium")
