@@ -45,13 +45,13 @@ def test_convert_table_names_the_layers_that_stay_softmax(
     ("option", "message"),
     [
         (("--mixer", "magic"), "mixer 'magic' is unknown; known: lawcat, softmax"),
-        (("--softmax-layers", "9"), "softmax layer 9 given; allowed: 0 to 2"),
+        (("--mixer", "lawcat", "--softmax-layers", "9"), "softmax layer 9 given; allowed: 0 to 2"),
         (("--target", "pentium"), "'pentium' is unknown"),
     ],
     ids=["mixer", "layer", "target"],
 )
 def test_convert_refuses_what_the_model_has_not(
-    edgekit: Edgekit, checkpoint: Path, tmp_path: Path, option: tuple[str, str], message: str
+    edgekit: Edgekit, checkpoint: Path, tmp_path: Path, option: tuple[str, ...], message: str
 ) -> None:
     done = edgekit("convert", checkpoint, "-o", tmp_path / "out", *option)
     assert done.code == 2
