@@ -89,8 +89,6 @@ def _session_options(
     options.enable_mem_pattern = constant_shapes
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
-    # Threads spin within a call, for speed, and sleep between calls.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
