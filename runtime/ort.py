@@ -26,8 +26,6 @@ from edgekit.runtime.state import state_shape
 
 __all__ = ["OnnxEngine", "OnnxRequest"]
 
-# How the manifest says that the graph's recurrences and attention are fused operators.
-CONTRIB_STEP = {"step": "onnx", "ops": "contrib"}
 FIRST_CAPACITY = 256  # columns of keys and values before the buffers double
 FAILURES = (
     failures.Fail,
@@ -71,11 +69,17 @@ class OnnxEngine:
         self.vocab = manifest.model.vocab_size
         self.all_positions = settings.logits == "all"
         self.inputs = frozenset(item.name for item in self.session.get_inputs())
-        self.in_place = CONTRIB_STEP in manifest.pipeline
+        self.in_place = _shares_states(manifest)
 
     def request(self, batch: int) -> "OnnxRequest":
         """A new IO binding with states of its own."""
         return InPlaceRequest(self, batch) if self.in_place else FreshRequest(self, batch)
+
+
+def _shares_states(manifest: Manifest) -> bool:
+    """Whether the graph's operators let one buffer be past and present at once."""
+    steps = [step for step in manifest.pipeline if step.get("step") == "onnx"]
+    return any(step.get("ops") == "contrib" for step in steps)
 
 
 def _session_options(
