@@ -1,6 +1,6 @@
 """Symmetric block quantisation of weight matrices, in numpy.
 
-A row of K weights is cut into blocks of `block` columns; each block has one fp32 scale s and
+A row of K weights is cut into blocks of `BLOCK` columns; each block has one fp32 scale s and
 integers q with w ~ s q. int4: q in [-8, 7], with a search over s that lowers the block's squared
 error; int8: q in [-127, 127], s = max|w| / 127, whose error a search could hardly lower. Rows whose
 width is not a multiple of the block are padded with zeros, and a block of zeros gets the scale 0.
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 __all__ = ["Bits", "BlockWeights", "dequantise", "quantise"]
 
 Bits = Literal[4, 8]
+# Columns per scale. ONNX Runtime reads a head of 8 bits a third faster with 64 than with 32.
+BLOCK: dict[Bits, int] = {4: 32, 8: 64}
 Float = NDArray[np.float32]
 SEARCH = (1.0, 1.07, 0.93, 1.14, 0.86, 0.79)  # multiples of max|w| / 8
 CHUNK = 1 << 18  # weights handled at once: small enough for a core's cache
@@ -44,18 +46,18 @@ class BlockWeights:
     bits: Bits
 
 
-def quantise(weight: Any, bits: Bits, block: int = 32) -> BlockWeights:
+def quantise(weight: Any, bits: Bits) -> BlockWeights:
     """Quantise a matrix, a few rows at a time and on every core.
 
     Args:
         weight: `[N, K]`; a numpy array, or anything with a shape whose slices numpy reads.
         bits: 4 or 8.
-        block: columns that share a scale.
 
     Returns:
         The integers and scales; `dequantise` is their meaning.
     """
     rows, width = weight.shape
+    block = BLOCK[bits]
     blocks = -(-width // block)
     q = np.empty((rows, blocks, block), np.int8)
     scales = np.empty((rows, blocks), np.float32)

@@ -78,11 +78,10 @@ class LinearWriter:
         weights: WeightStore,
         weights_format: str,
         *,
-        block: int,
         contrib: bool,
     ) -> None:
-        """Read from `weights`, write to `file`; `block` columns share a scale when quantised."""
-        self.file, self.weights, self.contrib, self.block = file, weights, contrib, block
+        """Read from `weights`, write to `file`."""
+        self.file, self.weights, self.contrib = file, weights, contrib
         self.half = weights_format == "fp16"
         self.bits = BITS.get(weights_format)
 
@@ -93,7 +92,7 @@ class LinearWriter:
 
     def blocks(self, name: str, bits: Bits) -> BlockWeights:
         """The matrix `{name}.weight`, quantised a few rows at a time."""
-        return quantise(_Rows(self.weights.tensor(f"{name}.weight")), bits, self.block)
+        return quantise(_Rows(self.weights.tensor(f"{name}.weight")), bits)
 
     def fused(
         self, x: str, names: Sequence[str], columns: Sequence[Columns | None]

@@ -81,7 +81,7 @@ class TokenTable:
             [flat, ids, scales],
             name,
             bits=BITS,
-            block_size=self._writer.block,
+            block_size=table.q.shape[2],
             quantize_axis=1,
             gather_axis=0,
         )

@@ -22,7 +22,7 @@ from edgekit.bundle import (
 )
 from edgekit.config import dump
 from edgekit.export import text_files
-from edgekit.export.plan import ONNX_BLOCK, Plan, check_choices, make_plan
+from edgekit.export.plan import Plan, check_choices, make_plan
 from edgekit.export.states import input_names, state_records
 from edgekit.export.verify import Verification, bounds_for, verification_tokens, verify_engine
 from edgekit.sources import open_source
@@ -202,7 +202,6 @@ def _write_onnx(plan: Plan, work: Path) -> None:
         work,
         weights_format=plan.weights_format,
         ops=plan.onnx_ops,
-        block=ONNX_BLOCK,
     )
 
 

@@ -16,11 +16,10 @@ from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
 from edgekit.targets.schema import ENGINES, WEIGHTS
 
-__all__ = ["ONNX_BLOCK", "Plan", "check_choices", "make_plan"]
+__all__ = ["Plan", "check_choices", "make_plan"]
 
 ONNX_OPS = ("contrib", "portable")
 STATE_SHARING = ("q_head", "kv_head")
-ONNX_BLOCK = 32  # input columns per scale of MatMulNBits; its fastest integer kernel
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
 
 
@@ -76,9 +75,7 @@ class Plan:
         if "openvino" in self.formats:
             steps.append(self._openvino_step())
         if "onnx" in self.formats:
-            quantised = self.weights_format in ("int8", "int4")
-            block = {"block": ONNX_BLOCK} if quantised else {}
-            steps.append({"step": "onnx", "ops": self.onnx_ops, **block})
+            steps.append({"step": "onnx", "ops": self.onnx_ops})
         return tuple(steps)
 
     def _openvino_step(self) -> dict[str, Any]:

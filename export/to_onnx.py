@@ -31,7 +31,6 @@ def write_onnx(
     *,
     weights_format: str = "fp32",
     ops: str = "contrib",
-    block: int = 32,
 ) -> None:
     """Write `out/model.onnx`, `out/model.onnx.data` and `out/genai_config.json`.
 
@@ -43,10 +42,9 @@ def write_onnx(
             blocks, the token table and the head always to 8 bits. The gate, the convolution, the
             feature map and the norms stay fp32 in every format.
         ops: `contrib` for ONNX Runtime's own operators, `portable` for standard ones only.
-        block: columns that share a scale: a power of two, 16 or more.
 
     Raises:
-        UsageError: for a format, operator set or block that does not exist.
+        UsageError: for a format, operator set that does not exist.
         SourceError: if `weights` lacks a tensor.
     """
     if ops not in GRAPHS:
@@ -54,10 +52,8 @@ def write_onnx(
     if weights_format not in get_args(WeightFormat):
         allowed = ", ".join(get_args(WeightFormat))
         raise UsageError(f"weights {weights_format!r} given; allowed: {allowed}")
-    if block < 16 or block & (block - 1):
-        raise UsageError(f"block {block} given; allowed: a power of two, 16 or more")
     with OnnxFile(out) as file:
         contrib = ops == "contrib"
-        writer = LinearWriter(file, weights, weights_format, block=block, contrib=contrib)
+        writer = LinearWriter(file, weights, weights_format, contrib=contrib)
         describe_decoder(GRAPHS[ops](file, writer, config), config)
     write_genai_config(config, out, shared_cache=contrib)

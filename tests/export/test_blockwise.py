@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekit.export.blockwise import Bits, dequantise, quantise
+from edgekit.export.blockwise import BLOCK, Bits, dequantise, quantise
 
 SHAPES = [(1, 1), (7, 32), (64, 96), (33, 100), (300, 576)]
 
@@ -25,7 +25,7 @@ def plain_int4(weight: np.ndarray) -> np.ndarray:
 def test_int8_error_stays_within_half_a_step(shape: tuple[int, int]) -> None:
     weight = matrix(*shape)
     weights = quantise(weight, 8)
-    steps = weights.scales.repeat(32, axis=1)[:, : shape[1]]
+    steps = weights.scales.repeat(BLOCK[8], axis=1)[:, : shape[1]]
     assert (np.abs(dequantise(weights) - weight) <= 0.5001 * steps).all()
 
 
@@ -50,21 +50,21 @@ def test_int4_search_pays() -> None:
 def test_what_is_on_the_grid_comes_back_exactly(bits: Bits) -> None:
     random = np.random.default_rng(0)
     top = 8 if bits == 4 else 127
-    integers = random.integers(-top, top if bits == 4 else top + 1, (40, 64)).astype(np.float32)
-    integers[:, ::32] = -top
-    scales = 2.0 ** random.integers(-6, 2, (40, 2)).repeat(32, axis=1)
+    integers = random.integers(-top, top if bits == 4 else top + 1, (40, 128)).astype(np.float32)
+    integers[:, :: BLOCK[bits]] = -top
+    scales = 2.0 ** random.integers(-6, 2, (40, 128 // BLOCK[bits])).repeat(BLOCK[bits], axis=1)
     weight = (integers * scales).astype(np.float32)
     np.testing.assert_allclose(dequantise(quantise(weight, bits)), weight, rtol=1e-6)
 
 
 def test_zero_blocks_are_zero() -> None:
-    weight = matrix(4, 96)
+    weight = matrix(4, 192)
     weight[1] = 0
-    weight[2, 32:64] = 0
+    weight[2, 64:128] = 0
     for bits in (4, 8):
         weights = quantise(weight, bits)
         assert not dequantise(weights)[1].any()
-        assert not dequantise(weights)[2, 32:64].any()
+        assert not dequantise(weights)[2, 64:128].any()
         assert np.isfinite(weights.scales).all()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.export.plan import ONNX_BLOCK, check_choices, make_plan
+from edgekit.export.plan import check_choices, make_plan
 from edgekit.sources import open_source
 
 GOOD: dict[str, Any] = {
@@ -87,6 +87,6 @@ def test_the_manifest_keeps_the_settings_of_each_engine(
     assert by_name["mixers"]["trained"] is False
     assert by_name["weights"] == {"step": "weights", "format": "int4"}
     assert by_name["openvino"] == {"step": "openvino", "group_size": 64}
-    assert by_name["onnx"] == {"step": "onnx", "ops": "contrib", "block": ONNX_BLOCK}
+    assert by_name["onnx"] == {"step": "onnx", "ops": "contrib"}
     plain = planned(tiny_checkpoint("llama"), weights="fp32").manifest_steps()
-    assert {"step": "onnx", "ops": "contrib"} in plain
+    assert {"step": "openvino"} in plain

@@ -121,6 +121,6 @@ def beams(opened: Callable[[str, str], Model]) -> Callable[[str, str, Prompt], l
     options = GenerationOptions(num_beams=3, max_new_tokens=BEAM_COUNT)
 
     def run(name: str, engine: str, prompt: Prompt) -> list[int]:
-        return beam_search(opened(name, engine).session(), prompt, options, ())
+        return beam_search(opened(name, engine).session(), prompt, options, ()).tokens
 
     return run
