@@ -17,8 +17,18 @@ import numpy.typing as npt
 import torch
 
 from edgekit.errors import UsageError
+from edgekit.models.config import DecoderConfig, LawcatConfig
+from edgekit.models.decoder import Decoder, with_fresh_mixers
+from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 
-__all__ = ["TINY_FAMILIES", "TOLERANCE", "assert_close", "relative_error", "write_tiny_checkpoint"]
+__all__ = [
+    "TINY_FAMILIES",
+    "TOLERANCE",
+    "assert_close",
+    "relative_error",
+    "scrambled_decoder",
+    "write_tiny_checkpoint",
+]
 
 # RMS(error) / RMS(reference) that two correct computations in this dtype stay below.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -175,6 +185,33 @@ def _write_tiny_tokenizer(directory: Path) -> None:
 
 
 Array = torch.Tensor | npt.NDArray[Any]
+
+
+def scrambled_decoder(
+    checkpoint: Path, mixers: tuple[str, ...], sharing: str, **lawcat: Any
+) -> tuple[DecoderConfig, WeightStore, Decoder]:
+    """A checkpoint's decoder with random values for what its mixers add.
+
+    A fresh mixer is nearly the identity, which hides errors.
+
+    Args:
+        checkpoint: a Hugging Face directory.
+        mixers: token mixer of each layer.
+        sharing: LAWCAT's `state_sharing`.
+        lawcat: other settings of `LawcatConfig`.
+
+    Returns:
+        The configuration, its tensors and the loaded torch decoder.
+    """
+    from edgekit.sources import open_source
+
+    source = open_source(checkpoint)
+    options = LawcatConfig(state_sharing=sharing, **lawcat)  # type: ignore[arg-type]
+    config = source.config.with_mixers(mixers, options)
+    fresh = with_fresh_mixers(config, source.weights)
+    added = {n: 0.5 * torch.randn_like(fresh.tensor(n)) for n in fresh if n not in source.weights}
+    weights = OverlayStore(MemoryStore(added), source.weights)
+    return config, weights, Decoder.from_store(config, weights)
 
 
 def relative_error(reference: Array, actual: Array) -> float:

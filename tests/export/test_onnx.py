@@ -1,5 +1,6 @@
 """The ONNX graph against the torch decoder, at the level of single calls."""
 
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from edgekit.errors import UsageError
 from edgekit.export.blockwise import dequantise, quantise
 from edgekit.export.states import input_names, state_records
 from edgekit.export.to_onnx import write_onnx
-from edgekit.models.config import DecoderConfig, LawcatConfig
-from edgekit.models.decoder import Decoder, with_fresh_mixers
+from edgekit.models.config import DecoderConfig
+from edgekit.models.decoder import Decoder
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
-from edgekit.sources import open_source
+from edgekit.testing import scrambled_decoder
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LAYOUTS = {
@@ -34,21 +35,10 @@ TABLES = ("embed_tokens", "lm_head")
 Checkpoint = Callable[..., Path]
 
 
-def scrambled(config: DecoderConfig, weights: WeightStore) -> WeightStore:
-    """Random values for what a mixer adds: a fresh one is nearly the identity and hides errors."""
-    fresh = with_fresh_mixers(config, weights)
-    added = {n: 0.5 * torch.randn_like(fresh.tensor(n)) for n in fresh if n not in weights}
-    return OverlayStore(MemoryStore(added), weights)
-
-
 def model_of(
     checkpoint: Path, layout: str, **lawcat: object
 ) -> tuple[DecoderConfig, WeightStore, Decoder]:
-    source = open_source(checkpoint)
-    mixers, sharing = LAYOUTS[layout]
-    config = source.config.with_mixers(mixers, LawcatConfig(state_sharing=sharing, **lawcat))
-    weights = scrambled(config, source.weights)
-    return config, weights, Decoder.from_store(config, weights)
+    return scrambled_decoder(checkpoint, *LAYOUTS[layout], **lawcat)
 
 
 def session_of(directory: Path) -> ort.InferenceSession:
@@ -337,7 +327,7 @@ def test_unknown_settings_are_refused(
 def test_onnxruntime_genai_says_the_same(
     layout: str, ops: str, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    genai = pytest.importorskip("onnxruntime_genai")
+    genai = importlib.import_module("onnxruntime_genai")
     checkpoint = tiny_checkpoint("llama")
     config, weights, decoder = model_of(checkpoint, layout)
     write_onnx(config, weights, tmp_path, ops=ops)

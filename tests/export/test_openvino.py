@@ -10,10 +10,10 @@ import torch
 
 from edgekit.export.openvino_file import write_openvino
 from edgekit.export.to_openvino import build_openvino
-from edgekit.models.config import DecoderConfig, LawcatConfig
-from edgekit.models.decoder import Decoder, with_fresh_mixers
+from edgekit.models.config import DecoderConfig
+from edgekit.models.decoder import Decoder
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
-from edgekit.sources import open_source
+from edgekit.testing import scrambled_decoder
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LAYOUTS = {
@@ -27,21 +27,10 @@ MAX_ABS = 1e-4
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
-def scrambled(config: DecoderConfig, weights: WeightStore) -> WeightStore:
-    """Random values for what a mixer adds: a fresh one is nearly the identity and hides errors."""
-    fresh = with_fresh_mixers(config, weights)
-    added = {n: 0.5 * torch.randn_like(fresh.tensor(n)) for n in fresh if n not in weights}
-    return OverlayStore(MemoryStore(added), weights)
-
-
 def model_of(
     checkpoint: Path, layout: str, **lawcat: object
 ) -> tuple[DecoderConfig, WeightStore, Decoder]:
-    source = open_source(checkpoint)
-    mixers, sharing = LAYOUTS[layout]
-    config = source.config.with_mixers(mixers, LawcatConfig(state_sharing=sharing, **lawcat))
-    weights = scrambled(config, source.weights)
-    return config, weights, Decoder.from_store(config, weights)
+    return scrambled_decoder(checkpoint, *LAYOUTS[layout], **lawcat)
 
 
 class Caller:
