@@ -22,6 +22,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
+from edgekit.export.openvino_values import ints, scalar
 from edgekit.models.config import DecoderConfig
 
 __all__ = ["Chunking", "chunk_count", "gated_attention"]
@@ -32,7 +33,7 @@ CHUNK = 64
 
 def chunk_count(length: Handle) -> Handle:
     """N = ceil(T / 64) for a length `[1]`; C = ceil(T / N) then wastes fewer than N tokens."""
-    return op.divide(op.add(length, _ints([CHUNK - 1])), _ints([CHUNK])).output(0)
+    return op.divide(op.add(length, ints([CHUNK - 1])), ints([CHUNK])).output(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +58,19 @@ class Chunking:
         causal = _lower_triangle(size)
         ones = np.zeros((1, 1, 1, columns - config.head_dim), np.float32)
         ones[..., 0] = 1.0
-        tail_shape = op.concat([batch, _ints([s]), time, _ints([ones.shape[-1]])], 0)
+        tail_shape = op.concat([batch, ints([s]), time, ints([ones.shape[-1]])], 0)
         groups, rows = config.num_heads // s, config.state_rows
         return cls(
             causal=causal,
             triangle=op.convert(causal, "f32").output(0),
-            middle=op.divide(size, _ints([2])).output(0),
-            last=op.subtract(size, _ints([1])).output(0),
+            middle=op.divide(size, ints([2])).output(0),
+            last=op.subtract(size, ints([1])).output(0),
             tail=op.broadcast(op.constant(ones), tail_shape).output(0),
-            key_shape=op.concat([_ints([0, s]), count, size, _ints([-1])], 0).output(0),
-            query_shape=op.concat([_ints([0, s, groups]), count, size, _ints([rows])], 0).output(0),
-            output_shape=op.concat(
-                [_ints([0, config.num_heads]), time, _ints([columns])], 0
-            ).output(0),
+            key_shape=op.concat([ints([0, s]), count, size, ints([-1])], 0).output(0),
+            query_shape=op.concat([ints([0, s, groups]), count, size, ints([rows])], 0).output(0),
+            output_shape=op.concat([ints([0, config.num_heads]), time, ints([columns])], 0).output(
+                0
+            ),
         )
 
 
@@ -99,43 +100,43 @@ def gated_attention(
     values = op.concat([v, chunking.tail], 3)
     kc, vc, gc = (op.reshape(x, chunking.key_shape, True) for x in (k, values, g))
     b = op.matmul(chunking.triangle, gc, False, False)
-    middle, last = (op.gather(b, row, _ints(3)) for row in (chunking.middle, chunking.last))
+    middle, last = (op.gather(b, row, ints(3)) for row in (chunking.middle, chunking.last))
     qc = _swap_groups(op.reshape(q, chunking.query_shape, True))  # [B, S, N, G, C, F]
-    qc = op.multiply(qc, op.unsqueeze(op.exp(op.subtract(b, middle)), _ints([3])))
+    qc = op.multiply(qc, op.unsqueeze(op.exp(op.subtract(b, middle)), ints([3])))
     kc = op.multiply(kc, op.exp(op.subtract(middle, b)))
-    pairs = op.matmul(qc, op.unsqueeze(kc, _ints([3])), False, True)
-    weights = op.select(chunking.causal, pairs, _float(0.0))
-    within = op.matmul(weights, op.unsqueeze(vc, _ints([3])), False, False)
+    pairs = op.matmul(qc, op.unsqueeze(kc, ints([3])), False, True)
+    weights = op.select(chunking.causal, pairs, scalar(0.0))
+    within = op.matmul(weights, op.unsqueeze(vc, ints([3])), False, False)
     shrink = _column(op.exp(op.subtract(last, middle)), config)
     added = op.multiply(shrink, op.matmul(kc, vc, True, False))  # [B, S, N, F, V]
     entering, after = _scan(_column(op.exp(last), config), added.output(0), past, config)
-    anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), _ints([3]))
+    anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), ints([3]))
     y = _swap_groups(op.add(within, op.matmul(qc, anchored, False, False)))
     return _normalised(op.reshape(y, chunking.output_shape, True), config), after
 
 
 def _swap_groups(x: ov.Node) -> ov.Node:
     """`[B, S, G, N, C, .]` to `[B, S, N, G, C, .]`, or back."""
-    return op.transpose(x, _ints([0, 1, 3, 2, 4, 5]))
+    return op.transpose(x, ints([0, 1, 3, 2, 4, 5]))
 
 
 def _column(x: ov.Node, config: DecoderConfig) -> Handle:
     """`[B, S, N, 1, F]` to `[B, S, N, F, 1]`."""
-    return op.reshape(x, _ints([0, 0, 0, config.state_rows, 1]), True).output(0)
+    return op.reshape(x, ints([0, 0, 0, config.state_rows, 1]), True).output(0)
 
 
 def _normalised(x: ov.Node, config: DecoderConfig) -> Handle:
     """`[B, H, T, V]` divided by its normaliser column, as `[B, T, H * d]`."""
     d = config.head_dim
-    numerator = op.slice(x, _ints([0]), _ints([d]), _ints([1]), _ints([3]))
-    denominator = op.slice(x, _ints([d]), _ints([d + 1]), _ints([1]), _ints([3]))
-    y = op.divide(numerator, op.add(denominator, _float(config.lawcat.eps)))
-    return op.reshape(op.transpose(y, _ints([0, 2, 1, 3])), _ints([0, 0, -1]), True).output(0)
+    numerator = op.slice(x, ints([0]), ints([d]), ints([1]), ints([3]))
+    denominator = op.slice(x, ints([d]), ints([d + 1]), ints([1]), ints([3]))
+    y = op.divide(numerator, op.add(denominator, scalar(config.lawcat.eps)))
+    return op.reshape(op.transpose(y, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
 
 def _lower_triangle(size: ov.Node) -> Handle:
-    steps = op.range(_ints(0), op.squeeze(size, _ints([0])), _ints(1), "i64")
-    return op.less_equal(op.unsqueeze(steps, _ints([0])), op.unsqueeze(steps, _ints([1]))).output(0)
+    steps = op.range(ints(0), op.squeeze(size, ints([0])), ints(1), "i64")
+    return op.less_equal(op.unsqueeze(steps, ints([0])), op.unsqueeze(steps, ints([1]))).output(0)
 
 
 def _scan(
@@ -152,22 +153,14 @@ def _scan(
     body = ov.Model(
         [op.result(following), op.result(state), op.result(keep_going)], [state, delta, scale]
     )
-    count = op.gather(op.shape_of(added), _ints(2), _ints(0))
+    count = op.gather(op.shape_of(added), ints(2), ints(0))
     loop = op.loop(count, op.constant(np.array(True)))
     loop.set_function(body)
     loop.set_special_body_ports([-1, 2])
     next_result, entering_result, _ = body.get_results()
-    loop.set_merged_input(state, op.unsqueeze(past, _ints([2])).output(0), next_result.output(0))
+    loop.set_merged_input(state, op.unsqueeze(past, ints([2])).output(0), next_result.output(0))
     loop.set_sliced_input(delta, added, 0, 1, 1, -1, 2)
     loop.set_sliced_input(scale, decay, 0, 1, 1, -1, 2)
     after = loop.get_iter_value(next_result.output(0), -1)
     entering = loop.get_concatenated_slices(entering_result.output(0), 0, 1, 1, -1, 2)
-    return entering, op.squeeze(after, _ints([2])).output(0)
-
-
-def _ints(value: int | list[int]) -> Handle:
-    return op.constant(np.array(value, dtype=np.int64)).output(0)
-
-
-def _float(value: float) -> Handle:
-    return op.constant(np.array(value, dtype=np.float32)).output(0)
+    return entering, op.squeeze(after, ints([2])).output(0)

@@ -206,8 +206,7 @@ def _write_onnx(plan: Plan, work: Path) -> None:
 
 
 def _verify(plan: Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Verification]:
-    context = plan.config.context_length if "softmax" in plan.config.mixers else None
-    ids = verification_tokens(_encoder(work), context)
+    ids = verification_tokens(_encoder(work), plan.config.context_limit)
     bounds = bounds_for(plan.weights_format, trained=plan.trained)
     results = {}
     for engine in plan.formats:
@@ -229,7 +228,7 @@ def _manifest(plan: Plan, work: Path) -> Manifest:
         family=config.family,
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,
-        context_length=config.context_length if "softmax" in config.mixers else None,
+        context_length=config.context_limit,
         bos_token_id=config.bos_token_id,
         eos_token_ids=config.eos_token_ids,
         pad_token_id=config.pad_token_id,

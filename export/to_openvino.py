@@ -16,6 +16,7 @@ import torch
 from openvino import opset15 as op
 
 from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attention
+from edgekit.export.openvino_values import ints, scalar
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
 from edgekit.models.rope import inverse_frequencies
@@ -85,7 +86,7 @@ class OpenVinoGraph:
         shape = op.shape_of(self._inputs["input_ids"])
         batch, length = _at(shape, 0), _at(shape, 1)
         chunks = chunk_count(length)
-        chunk = op.divide(op.subtract(op.add(length, chunks), _ints([1])), chunks)
+        chunk = op.divide(op.subtract(op.add(length, chunks), ints([1])), chunks)
         return _Time(batch, length, op.subtract(op.multiply(chunk, chunks), length))
 
     @cached_property
@@ -95,11 +96,11 @@ class OpenVinoGraph:
 
     def _pad_time(self, x: Handle, axis: int) -> Handle:
         """Append the padding of `_Time` to `axis`, zero-filled."""
-        zero, rank = _ints([0]), x.get_partial_shape().rank.get_length()
+        zero, rank = ints([0]), x.get_partial_shape().rank.get_length()
         ends = [zero] * rank
         ends[axis] = self._time.padding
         fill = op.constant(0, dtype=x.get_element_type().to_dtype())
-        return op.pad(x, _ints([0] * rank), op.concat(ends, 0), "constant", fill).output(0)
+        return op.pad(x, ints([0] * rank), op.concat(ends, 0), "constant", fill).output(0)
 
     @cached_property
     def _recent_mask(self) -> Handle:
@@ -107,12 +108,12 @@ class OpenVinoGraph:
         start = op.negative(self._time.length)
         recent = _slice(self._inputs["attention_mask"].output(0), start, None, 1)
         mask = self._pad_time(op.convert(recent, "f32").output(0), 1)
-        return op.unsqueeze(mask, _ints([2])).output(0)
+        return op.unsqueeze(mask, ints([2])).output(0)
 
     @cached_property
     def _rotation(self) -> tuple[Handle, Handle]:
         """Cosines and sines `[B, 1, T', d]`, each half twice."""
-        positions = op.convert(op.unsqueeze(self._inputs["position_ids"], _ints([1, 3])), "f32")
+        positions = op.convert(op.unsqueeze(self._inputs["position_ids"], ints([1, 3])), "f32")
         frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
         angles = op.multiply(positions, self._constant(frequencies[None, None, None])).output(0)
         if self._recurrent:
@@ -124,15 +125,15 @@ class OpenVinoGraph:
         """The additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
         given = self._inputs["attention_mask"]
         total = _at(op.shape_of(given), 1)
-        columns = op.range(_scalar(0), _squeezed(total), _scalar(1), "i64")
+        columns = op.range(ints(0), _squeezed(total), ints(1), "i64")
         first = op.subtract(total, self._time.length)
-        rows = op.range(_squeezed(first), _squeezed(total), _scalar(1), "i64")
-        rows = op.unsqueeze(rows, _ints([1]))
-        causal = op.less_equal(op.unsqueeze(columns, _ints([0])), rows)
-        itself = op.equal(op.unsqueeze(columns, _ints([0])), rows)
-        tokens = op.convert(op.unsqueeze(given, _ints([1, 2])), "boolean")
+        rows = op.range(_squeezed(first), _squeezed(total), ints(1), "i64")
+        rows = op.unsqueeze(rows, ints([1]))
+        causal = op.less_equal(op.unsqueeze(columns, ints([0])), rows)
+        itself = op.equal(op.unsqueeze(columns, ints([0])), rows)
+        tokens = op.convert(op.unsqueeze(given, ints([1, 2])), "boolean")
         allowed = op.logical_or(op.logical_and(causal, tokens), itself)
-        return op.select(allowed, _float(0.0), _float(MASKED)).output(0)
+        return op.select(allowed, scalar(0.0), scalar(MASKED)).output(0)
 
     def _constant(self, tensor: torch.Tensor) -> Handle:
         """A constant over the tensor's own memory, widened to fp32 in the graph."""
@@ -171,7 +172,7 @@ class OpenVinoGraph:
         ids = self._inputs["input_ids"].output(0)
         if self._recurrent:
             ids = self._pad_time(ids, 1)
-        return _named(op.gather(self._matrix(f"{name}.weight"), ids, _ints(0)), name)
+        return _named(op.gather(self._matrix(f"{name}.weight"), ids, ints(0)), name)
 
     def add(self, x: Handle, y: Handle) -> Handle:
         """Elementwise sum."""
@@ -179,14 +180,14 @@ class OpenVinoGraph:
 
     def rms_norm(self, x: Handle, name: str) -> Handle:
         """In the form that the CPU plug-in fuses into one node."""
-        mean = op.reduce_mean(op.power(x, _float(2.0)), _ints([-1]), True)
-        inverse = op.divide(_float(1.0), op.sqrt(op.add(mean, _float(self._config.rms_norm_eps))))
+        mean = op.reduce_mean(op.power(x, scalar(2.0)), ints([-1]), True)
+        inverse = op.divide(scalar(1.0), op.sqrt(op.add(mean, scalar(self._config.rms_norm_eps))))
         return _named(op.multiply(self._weight(f"{name}.weight"), op.multiply(x, inverse)), name)
 
     def head_norm(self, x: Handle, name: str) -> Handle:
         """The same on the last axis of `[B, T', heads, d]`."""
-        split = op.reshape(x, _ints([0, 0, -1, self._config.head_dim]), True).output(0)
-        return op.reshape(self.rms_norm(split, name), _ints([0, 0, -1]), True).output(0)
+        split = op.reshape(x, ints([0, 0, -1, self._config.head_dim]), True).output(0)
+        return op.reshape(self.rms_norm(split, name), ints([0, 0, -1]), True).output(0)
 
     def linears(self, x: Handle, names: Sequence[str]) -> list[Handle]:
         """One MatMul each, under its own name: run-time LoRA looks for it."""
@@ -210,17 +211,17 @@ class OpenVinoGraph:
         """X cos + rotate_half(x) sin on `[B, heads, T', d]`, the form that the plug-in fuses."""
         d = self._config.head_dim
         heads = self._heads(x, d)
-        low = _slice(heads, _ints([0]), _ints([d // 2]), 3)
-        high = _slice(heads, _ints([d // 2]), _ints([d]), 3)
-        turned = op.concat([op.multiply(high, _float(-1.0)), low], 3)
+        low = _slice(heads, ints([0]), ints([d // 2]), 3)
+        high = _slice(heads, ints([d // 2]), ints([d]), 3)
+        turned = op.concat([op.multiply(high, scalar(-1.0)), low], 3)
         cos, sin = self._rotation
         return self._joined(op.add(op.multiply(heads, cos), op.multiply(turned, sin)).output(0))
 
     def repeat_heads(self, x: Handle, head_width: int, times: int) -> Handle:
         """Broadcast along an axis beside the heads."""
-        split = op.reshape(x, _ints([0, 0, -1, 1, head_width]), True)
+        split = op.reshape(x, ints([0, 0, -1, 1, head_width]), True)
         copies = op.concat([split] * times, 3)
-        return op.reshape(copies, _ints([0, 0, -1]), True).output(0)
+        return op.reshape(copies, ints([0, 0, -1]), True).output(0)
 
     def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
         """Attention over stateful keys and values, in the form that the plug-in fuses."""
@@ -242,16 +243,16 @@ class OpenVinoGraph:
         channels, size = taps.shape
         x = op.multiply(op.concat([q, k], 2), self._recent_mask)
         past = self._state(f"cache_params.past.conv.{layer}", [channels, size - 1])
-        joined = op.concat([past, op.transpose(x, _ints([0, 2, 1]))], 2).output(0)
-        end = op.add(self._time.length, _ints([size - 1]))
+        joined = op.concat([past, op.transpose(x, ints([0, 2, 1]))], 2).output(0)
+        end = op.add(self._time.length, ints([size - 1]))
         self._assign(_slice(joined, self._time.length, end, 2), f"cache_params.past.conv.{layer}")
         kernel = self._constant(taps[:, None, None].contiguous())
         y = _named(op.group_convolution(joined, kernel, [1], [0], [0], [1]), q_name)
-        y = op.transpose(y, _ints([0, 2, 1])).output(0)
+        y = op.transpose(y, ints([0, 2, 1])).output(0)
         split = op.variadic_split(
             y,
-            _ints(2),
-            _ints([config.num_heads * config.head_dim, config.state_heads * config.head_dim]),
+            ints(2),
+            ints([config.num_heads * config.head_dim, config.state_heads * config.head_dim]),
         )
         return split.output(0), split.output(1)
 
@@ -268,21 +269,21 @@ class OpenVinoGraph:
         u = _named(
             op.matmul(self._heads(x, weight.shape[1]), self._constant(weight), False, False), name
         )
-        halves = op.reshape(u, _ints([0, 0, 0, 2, -1]), True)
-        positive = op.maximum(op.softmax(halves, 4), _float(1e-12))
-        return op.reshape(positive, _ints([0, 0, 0, -1]), True).output(0)
+        halves = op.reshape(u, ints([0, 0, 0, 2, -1]), True)
+        positive = op.maximum(op.softmax(halves, 4), scalar(1e-12))
+        return op.reshape(positive, ints([0, 0, 0, -1]), True).output(0)
 
     def log_decay(self, x: Handle, down_name: str, up_name: str) -> Handle:
         """logsigmoid(a) = -softplus(-a)."""
         options = self._config.lawcat
         a = self.dense(self.dense(x, down_name), up_name)
-        log_sigmoid = op.multiply(op.softplus(op.negative(a)), _float(-1.0 / options.gate_divisor))
-        return op.maximum(log_sigmoid, _float(options.gate_floor)).output(0)
+        log_sigmoid = op.multiply(op.softplus(op.negative(a)), scalar(-1.0 / options.gate_divisor))
+        return op.maximum(log_sigmoid, scalar(options.gate_floor)).output(0)
 
     def linear_attention(self, q: Handle, k: Handle, v: Handle, g: Handle, layer: int) -> Handle:
         """The recurrence; features come as `[B, heads, T', F]`, v and g as `[B, T', width]`."""
         config = self._config
-        mask = op.unsqueeze(self._recent_mask, _ints([1]))
+        mask = op.unsqueeze(self._recent_mask, ints([1]))
         k = op.multiply(k, mask).output(0)
         g = op.multiply(self._heads(g, config.state_rows), mask).output(0)
         name = f"cache_params.past.ssm.{layer}"
@@ -295,30 +296,30 @@ class OpenVinoGraph:
     def logits(self, x: Handle, name: str) -> None:
         """The head over the last position."""
         length = self._time.length
-        last = op.slice(x, op.subtract(length, _ints([1])), length, _ints([1]), _ints([1]))
+        last = op.slice(x, op.subtract(length, ints([1])), length, ints([1]), ints([1]))
         last.set_friendly_name(LAST_POSITION)
         table = self._matrix(f"{name}.weight")
         self._logits = _named(op.matmul(last, table, False, True), "lm_head")
 
     def _heads(self, x: Handle, width: int) -> Handle:
         """`[B, T, heads * width]` to `[B, heads, T, width]`."""
-        split = op.reshape(x, _ints([0, 0, -1, width]), True)
-        return op.transpose(split, _ints([0, 2, 1, 3])).output(0)
+        split = op.reshape(x, ints([0, 0, -1, width]), True)
+        return op.transpose(split, ints([0, 2, 1, 3])).output(0)
 
     def _joined(self, x: Handle) -> Handle:
         """`[B, heads, T, width]` to `[B, T, heads * width]`."""
-        return op.reshape(op.transpose(x, _ints([0, 2, 1, 3])), _ints([0, 0, -1]), True).output(0)
+        return op.reshape(op.transpose(x, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
     def _unpadded(self, x: Handle) -> Handle:
-        return _slice(x, _ints([0]), self._time.length, 1) if self._recurrent else x
+        return _slice(x, ints([0]), self._time.length, 1) if self._recurrent else x
 
     def _state(self, name: str, shape: Sequence[int]) -> Handle:
         """Variable `name [B, *shape]`, zero at first, reordered by `beam_idx`; -1 grows."""
         start = [max(size, 0) for size in shape]
-        initial = op.broadcast(_float(0.0), op.concat([self._time.batch, _ints(start)], 0))
+        initial = op.broadcast(scalar(0.0), op.concat([self._time.batch, ints(start)], 0))
         read = op.read_value(initial, name, ov.Type.f32, ov.PartialShape([-1, *shape]))
         read.set_friendly_name(name)
-        return op.gather(read, self._inputs["beam_idx"], _ints(0)).output(0)
+        return op.gather(read, self._inputs["beam_idx"], ints(0)).output(0)
 
     def _assign(self, value: Handle, name: str) -> None:
         node = value.get_node()
@@ -334,16 +335,16 @@ class OpenVinoGraph:
         self._assign(grown.output(0), name)
         if config.groups == 1:
             return grown.output(0)
-        apart = op.unsqueeze(grown, _ints([2]))
+        apart = op.unsqueeze(grown, ints([2]))
         total = _at(op.shape_of(grown), 2)
         sizes = [
             self._time.batch,
-            _ints([config.num_kv_heads, config.groups]),
+            ints([config.num_kv_heads, config.groups]),
             total,
-            _ints([config.head_dim]),
+            ints([config.head_dim]),
         ]
         copies = op.broadcast(apart, op.concat(sizes, 0), broadcast_spec="BIDIRECTIONAL")
-        return op.reshape(copies, _ints([0, config.num_heads, -1, config.head_dim]), True).output(0)
+        return op.reshape(copies, ints([0, config.num_heads, -1, config.head_dim]), True).output(0)
 
 
 def _parameter(name: str, shape: Sequence[int], kind: ov.Type) -> ov.op.Parameter:
@@ -358,27 +359,15 @@ def _named(node: ov.Node, name: str) -> Handle:
     return node.output(0)
 
 
-def _ints(value: int | Sequence[int]) -> Handle:
-    return op.constant(np.array(value, dtype=np.int64)).output(0)
-
-
-def _scalar(value: int) -> Handle:
-    return _ints(value)
-
-
-def _float(value: float) -> Handle:
-    return op.constant(np.array(value, dtype=np.float32)).output(0)
-
-
 def _at(shape: ov.Node, index: int) -> Handle:
     """One entry of a shape, as `[1]`."""
-    return op.gather(shape, _ints([index]), _ints(0)).output(0)
+    return op.gather(shape, ints([index]), ints(0)).output(0)
 
 
 def _squeezed(x: Handle) -> Handle:
-    return op.squeeze(x, _ints([0])).output(0)
+    return op.squeeze(x, ints([0])).output(0)
 
 
 def _slice(x: Handle, start: Handle, stop: Handle | None, axis: int) -> Handle:
-    end = _ints([np.iinfo(np.int64).max]) if stop is None else stop
-    return op.slice(x, start, end, _ints([1]), _ints([axis])).output(0)
+    end = ints([np.iinfo(np.int64).max]) if stop is None else stop
+    return op.slice(x, start, end, ints([1]), ints([axis])).output(0)

@@ -141,6 +141,11 @@ class DecoderConfig:
         """Whether any layer reads absolute positions."""
         return "softmax" in self.mixers or self.lawcat.position == "rope"
 
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens a sequence may have; None where no layer keeps keys and values."""
+        return self.context_length if "softmax" in self.mixers else None
+
     def with_mixers(
         self, mixers: tuple[str, ...], lawcat: LawcatConfig | None = None
     ) -> "DecoderConfig":
