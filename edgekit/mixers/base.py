@@ -95,11 +95,21 @@ class TokenMixer(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, d)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
 
-    @abstractmethod
     def forward(
         self, x: torch.Tensor, context: MixerContext, state: State | None = None
     ) -> tuple[torch.Tensor, State]:
         """Mix `x [B, T, D]`, continuing from `state`; returns `[B, T, D]` and the new state."""
+        heads, after = self.mix(x, context, state)
+        return self.o_proj(heads), after
+
+    @abstractmethod
+    def mix(
+        self, x: torch.Tensor, context: MixerContext, state: State | None = None
+    ) -> tuple[torch.Tensor, State]:
+        """The heads' outputs side by side, `[B, T, H d]`, before the output projection.
+
+        This is what a student is taught to match (LAWCAT, arXiv 2509.18467, stage 1).
+        """
 
     @staticmethod
     @abstractmethod

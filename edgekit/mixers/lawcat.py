@@ -44,10 +44,10 @@ class Mixer(TokenMixer):
         self.gate_down = nn.Linear(config.hidden_size, options.gate_rank, bias=False)
         self.gate_up = nn.Linear(options.gate_rank, config.num_kv_heads * config.state_rows)
 
-    def forward(
+    def mix(
         self, x: torch.Tensor, context: MixerContext, state: State | None = None
     ) -> tuple[torch.Tensor, State]:
-        """Mix `x [B, T, D]` in the form `context.form`; padding is a no-op."""
+        """Read `x [B, T, D]` in the form `context.form`; padding is a no-op."""
         features, values, g, tail = self._features(x, context, state)
         q, k = features
         if context.mask is not None:
@@ -55,7 +55,7 @@ class Mixer(TokenMixer):
             k, g = k * valid, g * valid
         entering = None if state is None else state["ssm"]
         y, ssm = FORMS[context.form](q, k, values, g, entering, eps=self.config.lawcat.eps)
-        return self.o_proj(y.flatten(2).to(x.dtype)), {"ssm": ssm, "conv": tail}
+        return y.flatten(2).to(x.dtype), {"ssm": ssm, "conv": tail}
 
     def _features(
         self, x: torch.Tensor, context: MixerContext, state: State | None

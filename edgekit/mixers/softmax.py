@@ -18,7 +18,7 @@ __all__ = ["Mixer"]
 class Mixer(TokenMixer):
     """Causal softmax attention over everything so far."""
 
-    def forward(
+    def mix(
         self, x: torch.Tensor, context: MixerContext, state: State | None = None
     ) -> tuple[torch.Tensor, State]:
         """Attend from `x [B, T, D]` to the cache and itself."""
@@ -29,7 +29,7 @@ class Mixer(TokenMixer):
         y = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=_visible(q, k, context.past_mask), enable_gqa=True
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2)), {"key": k, "value": v}
+        return y.transpose(1, 2).flatten(2), {"key": k, "value": v}
 
     @staticmethod
     def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from edgekit.models.config import DecoderConfig
 from edgekit.models.rope import apply_rope, rope_tables
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 
-__all__ = ["Decoder", "DecoderLayer", "streamed_logits", "with_fresh_mixers"]
+__all__ = ["Decoder", "DecoderLayer", "step_context", "streamed_logits", "with_fresh_mixers"]
 
 
 class Mlp(nn.Module):
@@ -114,23 +114,44 @@ class Decoder(nn.Module):
         Returns:
             fp32 logits `[B, T, V]` and the state of each layer.
         """
+        hidden, after = self.hidden(ids, mask=mask, state=state, form=form)
+        return self.lm_head(hidden).float(), after
+
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        state: list[State] | None = None,
+        form: Form = "chunked",
+    ) -> tuple[torch.Tensor, list[State]]:
+        """What the head reads, `[B, T, D]` after the last norm; arguments of `forward`."""
         total = ids.shape[1] + _position(state) if mask is None else mask.shape[1]
-        context = _context(self.config, ids.shape[1], total, mask, form)
+        context = step_context(self.config, ids.shape[1], total, mask, form)
         x = self.model.embed_tokens(ids)
         after = []
         for i, layer in enumerate(self.model.layers):
             x, layer_state = layer(x, context, None if state is None else state[i])
             after.append({**layer_state, "position": torch.tensor(total)})
-        return self.lm_head(self.model.norm(x)).float(), after
+        return self.model.norm(x), after
 
 
 def _position(state: list[State] | None) -> int:
     return 0 if state is None else int(state[0]["position"])
 
 
-def _context(
+def step_context(
     config: DecoderConfig, time: int, total: int, mask: torch.Tensor | None, form: Form
 ) -> MixerContext:
+    """What the layers share while they read `time` tokens, the last of `total` so far.
+
+    Args:
+        config: the decoder's.
+        time: tokens of this step, T.
+        total: tokens so far, S >= T.
+        mask: 1 for tokens, 0 for padding, `[B, S]`; None: no padding.
+        form: which form a recurrent mixer computes.
+    """
     steps = torch.arange(total)[None] if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
     cos, sin = rope_tables(config.rope, config.head_dim, steps[:, total - time :])
     rotate: Callable[[torch.Tensor], torch.Tensor] = lambda x: apply_rope(x, cos, sin)  # noqa: E731
@@ -159,7 +180,7 @@ def streamed_logits(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Logits `[B, T, V]` of `ids [B, T]`, computed in `dtype`, one layer's weights at a time."""
-    context = _context(config, ids.shape[1], ids.shape[1], None, form)
+    context = step_context(config, ids.shape[1], ids.shape[1], None, form)
     table = store.tensor("model.embed_tokens.weight")
     x = functional.embedding(ids, table).to(dtype)
     for i in range(config.num_layers):
