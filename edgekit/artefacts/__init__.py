@@ -1,0 +1,1 @@
+"""What reaches the device, whatever method made it: one file per kind of artefact."""

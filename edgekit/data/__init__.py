@@ -1,0 +1,1 @@
+"""Text, conversations and needles: what models are trained on and measured with."""

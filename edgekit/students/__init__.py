@@ -1,0 +1,1 @@
+"""Trained students that ship with edgekit, one directory each."""
