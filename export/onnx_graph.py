@@ -112,9 +112,7 @@ class OnnxGraph:
         weighted, total, *_ = self.file.nodes(
             "Split", [heads, sizes], f"{prefix}.normaliser", 2 + (columns > d + 1), axis=-1
         )
-        eps = self.file.constant(np.float32(config.lawcat.eps), "eps")
-        total = self.file.node("Add", [total, eps], f"{prefix}.plus_eps")
-        mean = self.file.node("Div", [weighted, total], f"{prefix}.mean")
+        mean = self._finished(weighted, total, prefix)
         return Value(self._reshape(mean, [0, 0, config.num_heads * d], f"{prefix}.flatten"))
 
     def logits(self, x: Value, name: str) -> None:
@@ -131,6 +129,16 @@ class OnnxGraph:
         one = self.file.output(LAST_LOGITS, TensorProto.FLOAT, ["batch", 1, vocab])
         bounds = [self.file.constant([n]) for n in (-1, END, 1)]
         self.file.nodes("Slice", [every, *bounds], LAST_LOGITS, [one])
+
+    def _finished(self, weighted: str, total: str, name: str) -> str:
+        """Divided by the normaliser `total`, or scaled: `[B, T, H, d]`."""
+        options = self.config.lawcat
+        if not options.normaliser:
+            scale = self.file.constant(np.float32(self.config.state_rows**-0.5), f"{name}.scale")
+            return self.file.node("Mul", [weighted, scale], f"{name}.scaled")
+        eps = self.file.constant(np.float32(options.eps), "eps")
+        total = self.file.node("Add", [total, eps], f"{name}.plus_eps")
+        return self.file.node("Div", [weighted, total], f"{name}.mean")
 
     @abstractmethod
     def rms_norm(self, x: Value, name: str) -> Value:

@@ -95,7 +95,7 @@ def gated_attention(
         config: sizes and eps.
 
     Returns:
-        The normalised output `[B, T, H * d]` and the state after the call.
+        The output `[B, T, H * d]`, normalised or scaled, and the state after the call.
     """
     values = op.concat([v, chunking.tail], 3)
     kc, vc, gc = (op.reshape(x, chunking.key_shape, True) for x in (k, values, g))
@@ -112,7 +112,7 @@ def gated_attention(
     entering, after = _scan(_column(op.exp(last), config), added.output(0), past, config)
     anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), ints([3]))
     y = _swap_groups(op.add(within, op.matmul(qc, anchored, False, False)))
-    return _normalised(op.reshape(y, chunking.output_shape, True), config), after
+    return _finished(op.reshape(y, chunking.output_shape, True), config), after
 
 
 def _swap_groups(x: ov.Node) -> ov.Node:
@@ -125,12 +125,15 @@ def _column(x: ov.Node, config: DecoderConfig) -> Handle:
     return op.reshape(x, ints([0, 0, 0, config.state_rows, 1]), True).output(0)
 
 
-def _normalised(x: ov.Node, config: DecoderConfig) -> Handle:
-    """`[B, H, T, V]` divided by its normaliser column, as `[B, T, H * d]`."""
+def _finished(x: ov.Node, config: DecoderConfig) -> Handle:
+    """`[B, H, T, V]` divided by its normaliser column, or scaled, as `[B, T, H * d]`."""
     d = config.head_dim
-    numerator = op.slice(x, ints([0]), ints([d]), ints([1]), ints([3]))
-    denominator = op.slice(x, ints([d]), ints([d + 1]), ints([1]), ints([3]))
-    y = op.divide(numerator, op.add(denominator, scalar(config.lawcat.eps)))
+    y = op.slice(x, ints([0]), ints([d]), ints([1]), ints([3]))
+    if config.lawcat.normaliser:
+        denominator = op.slice(x, ints([d]), ints([d + 1]), ints([1]), ints([3]))
+        y = op.divide(y, op.add(denominator, scalar(config.lawcat.eps)))
+    else:
+        y = op.multiply(y, scalar(config.state_rows**-0.5))
     return op.reshape(op.transpose(y, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
 

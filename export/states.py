@@ -36,19 +36,18 @@ def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
 def _constant(config: DecoderConfig, layer: int) -> list[StateRecord]:
     channels = (config.num_heads + config.state_heads) * config.head_dim
     past, present = f"past_key_values.{layer}", f"present.{layer}"
-    return [
-        StateRecord(
-            layer=layer,
-            kind="conv",
-            openvino=f"cache_params.past.conv.{layer}",
-            onnx=(f"{past}.conv_state", f"{present}.conv_state"),
-            shape=(-1, channels, config.lawcat.conv_size - 1),
-        ),
-        StateRecord(
-            layer=layer,
-            kind="ssm",
-            openvino=f"cache_params.past.ssm.{layer}",
-            onnx=(f"{past}.recurrent_state", f"{present}.recurrent_state"),
-            shape=(-1, config.state_heads, config.state_rows, config.value_columns),
-        ),
-    ]
+    conv = StateRecord(
+        layer=layer,
+        kind="conv",
+        openvino=f"cache_params.past.conv.{layer}",
+        onnx=(f"{past}.conv_state", f"{present}.conv_state"),
+        shape=(-1, channels, config.lawcat.conv_size - 1),
+    )
+    ssm = StateRecord(
+        layer=layer,
+        kind="ssm",
+        openvino=f"cache_params.past.ssm.{layer}",
+        onnx=(f"{past}.recurrent_state", f"{present}.recurrent_state"),
+        shape=(-1, config.state_heads, config.state_rows, config.value_columns),
+    )
+    return [conv, ssm] if config.lawcat.conv else [ssm]

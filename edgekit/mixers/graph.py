@@ -85,11 +85,11 @@ class Graph(Protocol[T]):
         ...
 
     def linear_attention(self, q: T, k: T, v: T, g: T, layer: int) -> T:
-        """Normalised gated linear attention with the recurrent state of `layer`.
+        """Gated linear attention with the recurrent state of `layer`.
 
-        q has num_heads heads of F features; k, g (F wide) and v (head_dim wide) have state_heads
-        heads.
-        Padded tokens contribute nothing: their k and g are zeroed here.
+        Normalised, or scaled by F^-1/2 if the configuration says so. q has num_heads heads of F
+        features; k, g (F wide) and v (head_dim wide) have state_heads heads. Padded tokens
+        contribute nothing: their k and g are zeroed here.
         """
         ...
 

@@ -9,6 +9,9 @@ norm.
 State, constant in the sequence length, fp32, S state heads:
     ssm   [B, S, F, d + 1]              values and, in the last column, the normaliser
     conv  [B, (H + S) d, K - 1]         the last inputs of the convolution: q's channels, then k's
+
+`LawcatConfig.conv = False` and `.normaliser = False` are ablations: no convolution (and no `conv`
+state), no denominator.
 """
 
 from collections.abc import Mapping
@@ -38,8 +41,9 @@ class Mixer(TokenMixer):
         """Add the convolutions, the feature matrices and the gate to the teacher's projections."""
         super().__init__(config)
         options, d, states = config.lawcat, config.head_dim, config.state_heads
-        self.conv_q = _Taps(config.num_heads * d, options.conv_size)
-        self.conv_k = _Taps(states * d, options.conv_size)
+        if options.conv:
+            self.conv_q = _Taps(config.num_heads * d, options.conv_size)
+            self.conv_k = _Taps(states * d, options.conv_size)
         self.feature_map = _Taps(states, d, config.feature_dim)
         self.gate_down = nn.Linear(config.hidden_size, options.gate_rank, bias=False)
         self.gate_up = nn.Linear(options.gate_rank, config.num_kv_heads * config.state_rows)
@@ -48,42 +52,49 @@ class Mixer(TokenMixer):
         self, x: torch.Tensor, context: MixerContext, state: State | None = None
     ) -> tuple[torch.Tensor, State]:
         """Read `x [B, T, D]` in the form `context.form`; padding is a no-op."""
-        features, values, g, tail = self._features(x, context, state)
-        q, k = features
+        options = self.config.lawcat
+        q, k, v, g = self._projected(x, context)
+        after: State = {}
+        if options.conv:
+            q, k, after["conv"] = self._convolved(q, k, context, state)
+        q, k = self._mapped(q, k)
         if context.mask is not None:
             valid = context.mask[..., None, None].to(k.dtype)
             k, g = k * valid, g * valid
         entering = None if state is None else state["ssm"]
-        y, ssm = FORMS[context.form](q, k, values, g, entering, eps=self.config.lawcat.eps)
-        return y.flatten(2).to(x.dtype), {"ssm": ssm, "conv": tail}
+        y, after["ssm"] = FORMS[context.form](
+            q, k, widened(v), g, entering, eps=options.eps, normalise=options.normaliser
+        )
+        return y.flatten(2).to(x.dtype), after
 
-    def _features(
-        self, x: torch.Tensor, context: MixerContext, state: State | None
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """phi(q) and phi(k), values, log decay and the convolution's tail."""
-        config, d = self.config, self.config.head_dim
-        repeat = config.state_heads // config.num_kv_heads
+    def _projected(
+        self, x: torch.Tensor, context: MixerContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[B, T, H, d]`; keys, values and the log decay, repeated to the state heads."""
+        repeat = self.config.state_heads // self.config.num_kv_heads
         q, k, v = self.project(x)
-        if config.lawcat.position == "rope":
+        if self.config.lawcat.position == "rope":
             q, k = context.rotate(q), context.rotate(k)
-        k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
-        g = self.log_decay(x).repeat_interleave(repeat, dim=2)
+        k, v, g = (y.repeat_interleave(repeat, dim=2) for y in (k, v, self.log_decay(x)))
+        return q, k, v, g
+
+    def _convolved(
+        self, q: torch.Tensor, k: torch.Tensor, context: MixerContext, state: State | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Convolved q and k, and the tail of the convolution."""
+        heads, d = self.config.num_heads, self.config.head_dim
         taps = torch.cat((self.conv_q.weight, self.conv_k.weight))
         channels = torch.cat((q.flatten(2), k.flatten(2)), dim=2)
-        mixed, tail = causal_conv(
-            channels, taps, None if state is None else state["conv"], context.mask
-        )
-        heads = mixed.reshape(*mixed.shape[:2], -1, d)
-        q, k = heads[:, :, : config.num_heads], heads[:, :, config.num_heads :]
-        shared = self.feature_map.weight.repeat_interleave(
-            config.num_heads // config.state_heads, dim=0
-        )
-        return (
-            (feature_map(q, shared), feature_map(k, self.feature_map.weight)),
-            widened(v),
-            g,
-            tail,
-        )
+        past = None if state is None else state["conv"]
+        mixed, tail = causal_conv(channels, taps, past, context.mask)
+        both = mixed.reshape(*mixed.shape[:2], -1, d)
+        return both[:, :, :heads], both[:, :, heads:], tail
+
+    def _mapped(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi(q) `[B, T, H, F]` and phi(k) `[B, T, S, F]`."""
+        groups = self.config.num_heads // self.config.state_heads
+        weight = self.feature_map.weight
+        return feature_map(q, weight.repeat_interleave(groups, dim=0)), feature_map(k, weight)
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """Log decay max(logsigmoid(gate(x)) / divisor, floor), `[B, T, Hkv, F]`."""
@@ -101,9 +112,11 @@ class Mixer(TokenMixer):
         width = config.num_kv_heads * config.state_rows
         down = torch.randn(options.gate_rank, config.hidden_size, generator=random) * INIT_STD
         up = torch.randn(width, options.gate_rank, generator=random) * INIT_STD
-        return {
+        convolutions = {
             "conv_q.weight": _identity_taps(config.num_heads * d, options.conv_size),
             "conv_k.weight": _identity_taps(states * d, options.conv_size),
+        }
+        return (convolutions if options.conv else {}) | {
             "feature_map.weight": torch.eye(d, config.feature_dim).repeat(states, 1, 1),
             "gate_down.weight": down,
             "gate_up.weight": up,
@@ -123,7 +136,8 @@ class Mixer(TokenMixer):
         if repeat > 1:
             k, v = graph.repeat_heads(k, d, repeat), graph.repeat_heads(v, d, repeat)
             g = graph.repeat_heads(g, config.state_rows, repeat)
-        q, k = graph.causal_conv(q, k, f"{prefix}.conv_q", f"{prefix}.conv_k", layer)
+        if config.lawcat.conv:
+            q, k = graph.causal_conv(q, k, f"{prefix}.conv_q", f"{prefix}.conv_k", layer)
         q, k = graph.feature_map(q, k, f"{prefix}.feature_map")
         y = graph.linear_attention(q, k, v, g, layer)
         return graph.linears(y, [f"{prefix}.o_proj"])[0]

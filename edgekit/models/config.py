@@ -43,6 +43,9 @@ class LawcatConfig:
         gate_bias_init: 0 is the paper's (half-life 16 tokens); 4 gives 611 tokens.
         position: `none`, or `rope` to rotate q and k before the convolution.
         eps: added to the denominator.
+        conv: False leaves the convolution on q and k out: an ablation.
+        normaliser: False replaces the denominator by F^1/2 (plain gated linear attention): an
+            ablation.
     """
 
     state_sharing: Literal["q_head", "kv_head"] = "q_head"
@@ -54,6 +57,8 @@ class LawcatConfig:
     gate_bias_init: float = 0.0
     position: Literal["none", "rope"] = "none"
     eps: float = 1e-6
+    conv: bool = True
+    normaliser: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges that the chunked form relies on."""

@@ -9,8 +9,10 @@ With alpha_t = exp(g_t) per state row and v+ = [v, 1]:
     n_t = q_t^T S_t
     o_t = n_t[:V] / (n_t[V] + eps)
 
-The last state column is the decayed sum of keys, so o_t is a weighted mean of values. q and k must
-be non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose
+The last state column is the decayed sum of keys, so o_t is a weighted mean of values. With
+`normalise=False` o_t is n_t[:V] F^-1/2 instead, plain gated linear attention (arXiv 2312.06635);
+the last column is then carried but not read, so that the state keeps its layout. q and k must be
+non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose
 mid-chunk anchor keeps every factor below e^80; `recurrent_gla` and `parallel_gla` take any g <= 0.
 For chunk rows t >= s and anchor row m, exp(b_t - b_s) = exp(b_t - b_m) exp(b_m - b_s).
 """
@@ -31,6 +33,7 @@ def recurrent_gla(
     state: torch.Tensor | None = None,
     *,
     eps: float = 1e-6,
+    normalise: bool = True,
 ) -> Output:
     """One token after another: the definition, and the decode step.
 
@@ -41,6 +44,7 @@ def recurrent_gla(
         g: log decay `[B, T, S, F]`, <= 0; 0 on padding.
         state: `[B, S, F, V + 1]` entering the first token, or None for zeros.
         eps: added to the denominator.
+        normalise: divide by the denominator; False scales by F^-1/2.
 
     Returns:
         The output `[B, T, H, V]` and the state `[B, S, F, V + 1]` after the last token.
@@ -52,7 +56,7 @@ def recurrent_gla(
         update = k[:, t, :, :, None] * values[:, t, :, None, :]
         running = g[:, t, :, :, None].exp() * running + update
         outputs.append(_grouped(q[:, t, None], k.shape[2])[:, :, :, 0] @ running)
-    return _normalise(torch.stack(outputs, dim=3), eps), running
+    return _finished(torch.stack(outputs, dim=3), q, eps, normalise), running
 
 
 def parallel_gla(
@@ -63,6 +67,7 @@ def parallel_gla(
     state: torch.Tensor | None = None,
     *,
     eps: float = 1e-6,
+    normalise: bool = True,
 ) -> Output:
     """All pairs at once, quadratic in T, without anchors; arguments of `recurrent_gla`."""
     values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)  # [B, S, T, V+1]
@@ -79,7 +84,7 @@ def parallel_gla(
     )
     final = b[:, :, -1, :, None].exp() * entering
     final = final + (keys * (b[:, :, -1:] - b).exp()).transpose(2, 3) @ values
-    return _normalise(numerator, eps), final
+    return _finished(numerator, q, eps, normalise), final
 
 
 def chunked_gla(
@@ -90,6 +95,7 @@ def chunked_gla(
     state: torch.Tensor | None = None,
     *,
     eps: float = 1e-6,
+    normalise: bool = True,
     chunk: int = 64,
 ) -> Output:
     """Chunks of at most 64 tokens in turn: linear in T, all matrix products."""
@@ -103,7 +109,7 @@ def chunked_gla(
             queries[..., rows, :], keys[:, :, rows], values[:, :, rows], gates[:, :, rows], running
         )
         pieces.append(piece)
-    return _normalise(torch.cat(pieces, dim=3), eps), running
+    return _finished(torch.cat(pieces, dim=3), q, eps, normalise), running
 
 
 def _one_chunk(
@@ -130,7 +136,10 @@ def _grouped(q: torch.Tensor, state_heads: int) -> torch.Tensor:
     return grouped.permute(0, 2, 3, 1, 4)
 
 
-def _normalise(numerator: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divide `[B, S, G, T, V + 1]` by its last column, and return `[B, T, H, V]`."""
-    output = numerator[..., :-1] / (numerator[..., -1:] + eps)
+def _finished(
+    numerator: torch.Tensor, q: torch.Tensor, eps: float, normalise: bool
+) -> torch.Tensor:
+    """Divide `[B, S, G, T, V + 1]` by its last column, or scale it, and return `[B, T, H, V]`."""
+    values = numerator[..., :-1]
+    output = values / (numerator[..., -1:] + eps) if normalise else values * q.shape[-1] ** -0.5
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3)

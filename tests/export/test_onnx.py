@@ -158,6 +158,25 @@ def test_rope_on_the_recurrent_path(ops: str, tiny_checkpoint: Checkpoint, tmp_p
 
 
 @pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("layout", ["lawcat-q", "lawcat-kv"])
+@pytest.mark.parametrize("ablation", ["conv", "normaliser"])
+def test_ablations(
+    ablation: str, layout: str, ops: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint("qwen3"), layout, **{ablation: False})
+    write_onnx(config, weights, tmp_path, ops=ops)
+    ids = torch.randint(0, config.vocab_size, (2, 70))
+    mask = np.ones((2, 70), np.int64)
+    mask[0, :9] = 0
+    with torch.inference_mode():
+        expected, _ = decoder(ids, mask=torch.from_numpy(mask))
+    call = Caller(config, tmp_path, 2)
+    for start, end in ((0, 66), (66, 69), (69, 70)):
+        logits = call(ids[:, start:end], mask[:, start:end])
+        assert np.abs(logits[:, 0] - expected[:, end - 1].numpy()).max() <= MAX_ABS
+
+
+@pytest.mark.parametrize("ops", OPS)
 def test_steep_gates_stay_finite(ops: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     config, weights, _ = model_of(tiny_checkpoint("llama"), "lawcat-kv")
     name = "model.layers.1.self_attn.gate_up.bias"

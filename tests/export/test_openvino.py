@@ -135,6 +135,21 @@ def test_rope_on_the_recurrent_path(tiny_checkpoint: Callable[..., Path]) -> Non
     assert np.abs(logits[0, 0] - expected[0, -1].numpy()).max() <= MAX_ABS
 
 
+@pytest.mark.parametrize("layout", ["lawcat-q", "lawcat-kv"])
+@pytest.mark.parametrize("ablation", ["conv", "normaliser"])
+def test_ablations(ablation: str, layout: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint("qwen3"), layout, **{ablation: False})
+    ids = torch.randint(0, config.vocab_size, (2, 70))
+    mask = np.ones((2, 70), np.int64)
+    mask[0, :9] = 0
+    with torch.inference_mode():
+        expected, _ = decoder(ids, mask=torch.from_numpy(mask))
+    call = Caller(build_openvino(config, weights), 2)
+    for start, end in ((0, 66), (66, 69), (69, 70)):
+        logits = call(ids[:, start:end], mask[:, start:end])
+        assert np.abs(logits[:, 0] - expected[:, end - 1].numpy()).max() <= MAX_ABS
+
+
 @pytest.mark.parametrize("weights_format", ["fp32", "fp16", "int8", "int4"])
 def test_written_formats_stay_close(
     weights_format: str, tmp_path: Path, tiny_checkpoint: Callable[..., Path]

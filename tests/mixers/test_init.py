@@ -17,6 +17,7 @@ MIXERS = {
     "softmax": ("softmax", LawcatConfig()),
     "lawcat-q-head": ("lawcat", LawcatConfig(state_sharing="q_head")),
     "lawcat-kv-head": ("lawcat", LawcatConfig(state_sharing="kv_head")),
+    "lawcat-ablated": ("lawcat", LawcatConfig(conv=False, normaliser=False)),
 }
 LAYER = 1
 PREFIX = f"model.layers.{LAYER}.self_attn."

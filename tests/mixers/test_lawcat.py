@@ -31,6 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "qwen3-norms": {"qk_norm": True, "head_dim": 24},
     "odd-features": {"feature_dim": 5},
     "two-taps": {"conv_size": 2},
+    "no-convolution": {"conv": False},
+    "no-normaliser": {"normaliser": False},
 }
 SHARING = ("q_head", "kv_head")
 
@@ -118,7 +120,8 @@ def test_gradcheck_of_the_chunked_form() -> None:
 
 def make_mixer(sharing: str, **layout: Any) -> Mixer:
     """A mixer with every parameter random, so that a forgotten one shows."""
-    options = {key: layout.pop(key) for key in ("feature_dim", "conv_size") if key in layout}
+    names = ("feature_dim", "conv_size", "conv", "normaliser")
+    options = {key: layout.pop(key) for key in names if key in layout}
     settings = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, **layout}
     config = DecoderConfig(
         family="llama",
@@ -160,11 +163,12 @@ def defined(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
         return part / (mean_square + config.rms_norm_eps).sqrt() * w[f"{norm}.weight"]
 
     def features(y: torch.Tensor, conv: str, index: int, matrix: torch.Tensor) -> torch.Tensor:
-        taps = w[f"{conv}.weight"][index * d : (index + 1) * d]
-        size = taps.shape[1]
-        past = functional.pad(y, (0, 0, size - 1, 0))
-        mixed = sum(taps[:, j] * past[j : j + len(y)] for j in range(size))
-        u = mixed @ matrix
+        if config.lawcat.conv:
+            taps = w[f"{conv}.weight"][index * d : (index + 1) * d]
+            size = taps.shape[1]
+            past = functional.pad(y, (0, 0, size - 1, 0))
+            y = sum(taps[:, j] * past[j : j + len(y)] for j in range(size))
+        u = y @ matrix
         return torch.cat((u.softmax(-1), (-u).softmax(-1)), dim=-1).clamp_min(1e-12)
 
     q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
@@ -185,7 +189,8 @@ def defined(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
         for t in range(len(x)):
             state = alpha[t][:, None] * state + phi_k[t][:, None] * values[t]
             n = phi_q[t] @ state
-            rows.append(n[:d] / (n[d] + config.lawcat.eps))
+            below = n[d] + config.lawcat.eps if config.lawcat.normaliser else len(state) ** 0.5
+            rows.append(n[:d] / below)
         outputs.append(torch.stack(rows))
     return functional.linear(torch.cat(outputs, dim=-1), w["o_proj.weight"], w.get("o_proj.bias"))
 
@@ -292,3 +297,20 @@ def test_state_bytes_do_not_depend_on_the_length(sharing: str, form: str) -> Non
             tensor.untyped_storage().nbytes() <= 4 * tensor.numel() for tensor in state.values()
         )
         _, state = mixer(torch.randn(1, time, 64), context(form), state)
+
+
+def test_without_convolution_there_is_no_convolution_state() -> None:
+    mixer = make_mixer("q_head", conv=False)
+    _, state = mixer(torch.randn(1, 5, 64), context())
+    assert set(state) == {"ssm"}
+    assert not [name for name in mixer.state_dict() if "conv" in name]
+
+
+@pytest.mark.parametrize("ablation", ["conv", "normaliser"])
+@pytest.mark.parametrize("form", FORMS)
+def test_ablations_stream(ablation: str, form: str) -> None:
+    mixer = make_mixer("kv_head", **{ablation: False})
+    x = torch.randn(2, 70, 64)
+    expected, _ = mixer(x, context(form))
+    output, _ = run_in_pieces(mixer, x, [1, 3, 66], form)
+    assert_close("output", expected, output, ratio=TOLERANCE["float32"])
