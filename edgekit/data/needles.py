@@ -51,7 +51,7 @@ class Sample:
         depth: where the needle lies; 0 is the haystack's beginning, 1 its end.
         length: tokens allowed for prompt, answer and room.
         tokens: tokens of prompt and answer together.
-        laps: how often the haystack was begun to fill the length; above 1 it repeats itself.
+        laps: haystacks that fill the text, rounded up; above 1, sentences come again.
         seed: what made it.
     """
 
@@ -111,7 +111,8 @@ def make_sample(
 ) -> Sample:
     """Hide a needle in as much haystack as `length` tokens take; the same arguments, the same text.
 
-    An essay is read from a random sentence on, and from its beginning again after its end.
+    An essay is read from a random sentence on, and around its end. Where no sentence fits, the text
+    is the needle and its question alone.
 
     Args:
         kind: one of `KINDS`.
@@ -134,26 +135,25 @@ def make_sample(
     haystack = _haystack(encode, essay if needs_essay(kind) else None)
     start = rng.randrange(len(haystack.sentences)) if needs_essay(kind) else 0
     alone = len(encode(_prompt(frame, [], 0) + frame.answer)) + answer_room
-    count = haystack.fitting(start, length - alone) if length > alone else 0
-    while count > 0:
-        prompt = _prompt(frame, haystack.read(start, count), at)
-        tokens = len(encode(prompt + frame.answer))
-        if tokens + answer_room <= length:
-            laps = -(-(start + count) // len(haystack.sentences))
-            return Sample(
-                kind=kind,
-                prompt=prompt,
-                answer=frame.answer,
-                depth=at,
-                length=length,
-                tokens=tokens,
-                laps=laps,
-                seed=seed,
-            )
+    if alone > length:
+        raise UsageError(
+            f"length {length} given for {kind}; question and answer alone take {alone} tokens: "
+            f"give {2 * alone} or so"
+        )
+    count = haystack.fitting(start, length - alone)
+    prompt = _prompt(frame, haystack.read(start, count), at)
+    while (tokens := len(encode(prompt + frame.answer))) + answer_room > length:
         count -= 1
-    raise UsageError(
-        f"length {length} given for {kind}; question and answer alone take {alone} tokens: "
-        f"give at least {alone + 2 * SENTENCE_WORDS}"
+        prompt = _prompt(frame, haystack.read(start, count), at)
+    return Sample(
+        kind=kind,
+        prompt=prompt,
+        answer=frame.answer,
+        depth=at,
+        length=length,
+        tokens=tokens,
+        laps=-(-count // len(haystack.sentences)),
+        seed=seed,
     )
 
 
