@@ -24,6 +24,7 @@ __all__ = [
     "ENGINE_FILES",
     "FORMAT_VERSION",
     "MANIFEST",
+    "MARKERS",
     "FileRecord",
     "Manifest",
     "ModelFacts",
@@ -39,6 +40,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MANIFEST = "edgekit.json"
+MARKERS = {"bundle": MANIFEST, "student": "student.json"}  # the file that tells what a directory is
 PARTIAL, OLD = ".edgekit-partial", ".edgekit-old"  # endings of siblings that live during a write
 ENGINE_FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
@@ -212,14 +214,17 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def staged(out: Path | str, *, force: bool = False) -> Iterator[Path]:
+def staged(
+    out: Path | str, *, force: bool = False, kind: Literal["bundle", "student"] = "bundle"
+) -> Iterator[Path]:
     """A directory to fill; it becomes `out` when the block ends well and vanishes otherwise.
 
     What an earlier run left because it was killed is put right first. A link at `out` is followed.
 
     Args:
         out: the directory to make; missing parents are made, and removed again on failure.
-        force: replace an existing bundle (never any other directory).
+        force: replace an existing directory of this kind (never any other directory).
+        kind: what is being written, which `MARKERS` tell apart.
 
     Raises:
         BundleError: if `out` exists and may not be replaced, or cannot be written.
@@ -228,14 +233,14 @@ def staged(out: Path | str, *, force: bool = False) -> Iterator[Path]:
     with contextlib.ExitStack() as undo:
         try:
             _recover(final)
-            _refuse_existing(final, force)
+            _refuse_existing(final, force, kind)
             undo.callback(_remove_empty, _missing(final.parent))
             final.parent.mkdir(parents=True, exist_ok=True)
             work = undo.enter_context(workspace(final))
             yield work
             work.chmod(0o755)
             _flush(work)
-            _refuse_existing(final, force)
+            _refuse_existing(final, force, kind)
             _swap(work, final)
         except OSError as cause:
             raise BundleError(
@@ -300,7 +305,7 @@ def _remove_empty(directories: list[Path]) -> None:
             path.rmdir()
 
 
-def _refuse_existing(out: Path, force: bool) -> None:
+def _refuse_existing(out: Path, force: bool, kind: str) -> None:
     if not os.path.lexists(out):
         return
     if out.is_mount():
@@ -309,8 +314,8 @@ def _refuse_existing(out: Path, force: bool) -> None:
         raise BundleError(
             f"{out}: exists already; choose another name or pass --force to replace it"
         )
-    if not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        raise BundleError(f"{out}: is not an edgekit bundle, so --force will not replace it")
+    if not (out.is_dir() and ((out / MARKERS[kind]).is_file() or not any(out.iterdir()))):
+        raise BundleError(f"{out}: is not an edgekit {kind}, so --force will not replace it")
 
 
 def _claim(directory: Path) -> int | None:

@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ __all__ = [
     "relative_error",
     "scrambled_decoder",
     "write_tiny_checkpoint",
+    "write_tiny_student",
 ]
 
 # RMS(error) / RMS(reference) that two correct computations in this dtype stay below.
@@ -212,6 +213,57 @@ def scrambled_decoder(
     added = {n: 0.5 * torch.randn_like(fresh.tensor(n)) for n in fresh if n not in source.weights}
     weights = OverlayStore(MemoryStore(added), source.weights)
     return config, weights, Decoder.from_store(config, weights)
+
+
+def write_tiny_student(
+    directory: Path,
+    base: str | Path,
+    mixers: tuple[str, ...],
+    *,
+    name: str = "tiny",
+    rank: int = 2,
+    dtype: Literal["float16", "float32"] = "float16",
+    **lawcat: Any,
+) -> Path:
+    """Write a student that no training made: mixers off their fresh values, random differences.
+
+    Args:
+        directory: made here.
+        base: the teacher, as for `open_source`.
+        mixers: token mixer of each layer; those that are not softmax get a difference on q, k, v
+            and o.
+        name: as the manifest says it.
+        rank: of each difference.
+        dtype: how tensors are stored.
+        lawcat: settings of `LawcatConfig`.
+
+    Returns:
+        `directory`.
+    """
+    from edgekit.sources import open_source
+    from edgekit.sources.student import StudentManifest, write_student
+
+    source = open_source(base)
+    config = source.config.with_mixers(mixers, LawcatConfig(**lawcat))
+    fresh = with_fresh_mixers(config, source.weights)
+    tensors = {n: fresh.tensor(n) for n in fresh if n not in source.weights}
+    tensors = {n: t + 0.05 * torch.randn_like(t) for n, t in tensors.items()}
+    for layer in (i for i, mixer in enumerate(mixers) if mixer != "softmax"):
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            stem = f"model.layers.{layer}.self_attn.{projection}"
+            out, width = source.weights.tensor(f"{stem}.weight").shape
+            tensors[f"{stem}.lowrank_a"] = torch.randn(rank, width) / width**0.5
+            tensors[f"{stem}.lowrank_b"] = 0.1 * torch.randn(out, rank)
+    directory.mkdir(parents=True)
+    manifest = StudentManifest(
+        name=name,
+        base=source.identity,
+        mixers=mixers,
+        lawcat=config.lawcat,
+        recipe={"name": "none"},
+    )
+    write_student(directory, manifest, tensors, dtype=dtype)
+    return directory
 
 
 def relative_error(reference: Array, actual: Array) -> float:
