@@ -241,7 +241,7 @@ def write_tiny_student(
         `directory`.
     """
     from edgekit.sources import open_source
-    from edgekit.sources.student import StudentManifest, write_student
+    from edgekit.sources.student import StageRecord, StudentManifest, write_student
 
     source = open_source(base)
     config = source.config.with_mixers(mixers, LawcatConfig(**lawcat))
@@ -255,12 +255,17 @@ def write_tiny_student(
             tensors[f"{stem}.lowrank_a"] = torch.randn(rank, width) / width**0.5
             tensors[f"{stem}.lowrank_b"] = 0.1 * torch.randn(out, rank)
     directory.mkdir(parents=True)
+    stages = (
+        StageRecord(stage=i, steps=9, tokens=n, seconds=1.5, loss=0.25, device="none")
+        for i, n in ((1, 1_200_000), (2, 300_000))
+    )
     manifest = StudentManifest(
         name=name,
         base=source.identity,
         mixers=mixers,
         lawcat=config.lawcat,
         recipe={"name": "none"},
+        training=tuple(stages),
     )
     write_student(directory, manifest, tensors, dtype=dtype)
     return directory

@@ -69,7 +69,8 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    mixer: str = "softmax",
+    student: str | Path | None = None,
+    mixer: str | None = None,
     state_sharing: str | None = None,
     softmax_layers: Sequence[int] = (),
     weights: str | None = None,
@@ -86,7 +87,9 @@ def convert(
     Args:
         source: a Hugging Face directory or Hub id, a `.gguf` file, or `smollm2-135m-instruct`.
         out: the bundle directory to make.
-        mixer: token mixer of every layer but `softmax_layers`.
+        student: a directory that `edgekit distill` wrote, or the name of a student that ships with
+            edgekit; it says the mixers itself.
+        mixer: token mixer of every layer but `softmax_layers`, untrained; None: softmax.
         state_sharing: for `lawcat`, `q_head` (default) or `kv_head`.
         softmax_layers: layers that keep softmax attention.
         weights: `fp32`, `fp16`, `int8` or `int4`; None takes the target's.
@@ -104,7 +107,8 @@ def convert(
     Raises:
         UsageError: for an argument that is not allowed, or that nothing would read.
         EngineError: if an engine needed for verification is not installed.
-        SourceError: if the source cannot be read or is not supported.
+        SourceError: if the source or student cannot be read, is not supported, or the student is
+            of another base.
         BundleError: if `out` exists or cannot be written.
         VerificationError: if the bundle differs too much; nothing is left at `out`.
 
@@ -114,6 +118,7 @@ def convert(
     """
     started = time.perf_counter()
     check_choices(
+        student=student,
         mixer=mixer,
         state_sharing=state_sharing,
         softmax_layers=softmax_layers,
@@ -125,6 +130,7 @@ def convert(
     with staged(out, force=force) as work:
         plan = make_plan(
             open_source(source),
+            student=student,
             mixer=mixer,
             state_sharing=state_sharing,
             softmax_layers=softmax_layers,

