@@ -22,7 +22,7 @@ from edgekit.artefacts.lowrank import LowRank
 from edgekit.bundle import MARKERS, FileRecord
 from edgekit.errors import SourceError, UsageError
 from edgekit.mixers.base import mixer_type
-from edgekit.models.config import DecoderConfig, LawcatConfig
+from edgekit.models.config import DecoderConfig, LawcatConfig, LolcatsConfig
 from edgekit.models.weights import WeightStore
 from edgekit.sources.base import Source, read_json, sha256_of
 from edgekit.sources.builtin import BUILT_IN
@@ -36,6 +36,8 @@ __all__ = [
     "StudentManifest",
     "apply_student",
     "find_student",
+    "lowrank_pairs",
+    "lowrank_tensors",
     "open_model",
     "read_student",
     "write_student",
@@ -75,6 +77,7 @@ class StudentManifest:
         base: `Source.identity` of the teacher; its sha256 decides what the student fits.
         mixers: token mixer of each layer; `softmax` where the teacher's was kept.
         lawcat: options of the `lawcat` layers.
+        lolcats: options of the `lolcats` layers; None where there are none.
         recipe: every setting of the training, and its `name`.
         data: one record per training file: name, sha256, tokens, and licence where it is known.
         training: one record per stage, in order.
@@ -88,6 +91,7 @@ class StudentManifest:
     base: dict[str, Any]
     mixers: tuple[str, ...]
     lawcat: LawcatConfig = field(default_factory=LawcatConfig)
+    lolcats: LolcatsConfig | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     data: tuple[dict[str, Any], ...] = ()
     training: tuple[StageRecord, ...] = ()
@@ -243,7 +247,7 @@ def apply_student(source: Source, student: Student) -> tuple[DecoderConfig, Weig
             f"student {manifest.name!r} has {len(manifest.mixers)} mixers, {source.name} has "
             f"{layers} layers; fetch the student again"
         )
-    options = source.config.with_mixers(manifest.mixers, manifest.lawcat)
+    options = source.config.with_mixers(manifest.mixers, manifest.lawcat, manifest.lolcats)
     _check_tensors(student, options, source.weights)
     return options, _StudentStore(student.tensors, source.weights)
 
@@ -287,6 +291,18 @@ def _check_lowrank(where: Path, name: str, tensors: WeightStore, base: WeightSto
             f"{where}: {name!r} is for a weight {list(shape)}, "
             f"the model's is {list(base.tensor(target).shape)}"
         )
+
+
+def lowrank_pairs(student: Student) -> dict[str, LowRank]:
+    """The student's differences by the matrix they add to (`model.layers.3.self_attn.q_proj`)."""
+    stems = (name.removesuffix(A) for name in student.tensors if name.endswith(A))
+    return {stem: _lowrank(student.tensors, stem) for stem in stems}
+
+
+def lowrank_tensors(pairs: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
+    """The tensors that `write_student` stores differences as; undoes `lowrank_pairs`."""
+    stored = {stem + A: pair.a for stem, pair in pairs.items()}
+    return stored | {stem + B: pair.b for stem, pair in pairs.items()}
 
 
 def _lowrank(tensors: WeightStore, stem: str) -> LowRank:

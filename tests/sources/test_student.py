@@ -19,6 +19,8 @@ from edgekit.sources.student import (
     StageRecord,
     StudentManifest,
     apply_student,
+    lowrank_pairs,
+    lowrank_tensors,
     open_model,
     read_student,
     write_student,
@@ -108,6 +110,16 @@ def test_differences_are_folded_and_the_teacher_is_unchanged(
     assert f"{ATTENTION}.q_proj.lowrank_a" not in weights
     assert set(held) >= names
     Decoder.from_store(config, weights)(torch.arange(9)[None])
+
+
+def test_differences_come_back_as_pairs(directory: Path) -> None:
+    pairs = lowrank_pairs(read_student(directory))
+    assert len(pairs) == 2 * 4
+    assert pairs[f"{ATTENTION}.q_proj"].shape == (96, 64)
+    stored = load_file(directory / "student.safetensors")
+    again = lowrank_tensors(pairs)
+    assert set(again) == {name for name in stored if "lowrank" in name}
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in again.items())
 
 
 def test_a_student_of_another_base(tiny_checkpoint: Tiny, directory: Path) -> None:
