@@ -1,4 +1,4 @@
-"""Archives that npm and Debian publish: fetched whole, checked, and read without being installed."""
+"""Archives that npm and Debian publish: fetched, checked, and read without being installed."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Jane Austen's six novels out of the lazy-load database of the R package janeaustenr, without R."""
+"""Jane Austen's six novels out of the lazy-load database of R's janeaustenr, without R."""
 
 import struct
 import zlib

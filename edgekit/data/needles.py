@@ -15,7 +15,7 @@ import itertools
 import random
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 
 from edgekit.data.words import word_pair
@@ -37,7 +37,7 @@ FILLER = (
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 SENTENCE_WORDS = 40  # a longer sentence, or a text without any, is cut at words
 
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[[str], Sized]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +119,8 @@ def make_sample(
         length: at most so many tokens, and at most about one sentence fewer.
         seed: of key, value, haystack and depth.
         depth: 0 to 1; None: drawn from `DEPTHS`.
-        encode: text to token ids without special tokens. The haystack's sentences are counted
-            once per function, so give the same one each time.
+        encode: text to token ids, any that a prompt begins with included. The haystack's sentences
+            are counted once per function, so give the same one each time.
         essay: the haystack of `niah-2` and `niah-3`.
         answer_room: tokens kept free after the answer.
 
@@ -137,8 +137,8 @@ def make_sample(
     alone = len(encode(_prompt(frame, [], 0) + frame.answer)) + answer_room
     if alone > length:
         raise UsageError(
-            f"length {length} given for {kind}; question and answer alone take {alone} tokens: "
-            f"give {2 * alone} or so"
+            f"length {length} given for {kind}; question, answer and room alone take {alone} "
+            f"tokens: give {2 * alone} or so"
         )
     count = haystack.fitting(start, length - alone)
     prompt = _prompt(frame, haystack.read(start, count), at)

@@ -1,0 +1,334 @@
+"""Conversations that a chat model has with itself, to distil it where no chat data may be used.
+
+    python -m edgekit.data.selftalk BUNDLE -o FILE.jsonl --count N [--questions FILE]
+
+Given only the opening of a user's turn, the model samples the question; then it answers (Magpie:
+Xu et al., arXiv 2406.08464). Half of the questions come from templates instead, for breadth.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edgekit.data.quality import flaw_of_answer, flaw_of_question, whole_paragraphs
+from edgekit.data.questions import template_question
+from edgekit.errors import EdgekitError, UsageError
+from edgekit.runtime import load
+
+if TYPE_CHECKING:
+    from edgekit.runtime import Model
+
+__all__ = ["SelfTalk", "TalkSettings", "Turn", "main"]
+
+PLACEHOLDER = "\x00"  # stands for the question while the template is rendered
+FINISHED = "end of text"
+PATIENCE = 20  # batches in a row without one usable conversation
+LINE_EVERY = 10.0  # seconds
+
+
+class Turn(NamedTuple):
+    """One question and its answer.
+
+    Attributes:
+        number: counts all that were sampled, kept or not.
+        origin: "own", "template" or "given".
+        question: text.
+        answer: text; empty before it is sampled.
+        cut: the answer did not end within the budget, and its last paragraph was left out.
+        flaw: why it should not be kept; None if it should.
+    """
+
+    number: int
+    origin: str
+    question: str
+    answer: str = ""
+    cut: bool = False
+    flaw: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TalkSettings:
+    """How a model talks to itself.
+
+    Attributes:
+        seed: of everything; a batch's conversations depend on it, the batch and its number alone.
+        batch: conversations side by side.
+        max_new_tokens: of an answer that has not ended by then, the whole paragraphs are kept.
+        max_question_tokens: a question that has not ended by then is not kept.
+        question_temperature: high, so that questions differ.
+        answer_temperature: low, so that answers are what the model thinks.
+        top_p: of both.
+    """
+
+    seed: int = 0
+    batch: int = 16
+    max_new_tokens: int = 256
+    max_question_tokens: int = 64
+    question_temperature: float = 0.9
+    answer_temperature: float = 0.5
+    top_p: float = 0.95
+
+
+class SelfTalk:
+    """Draws conversations from a chat model."""
+
+    def __init__(
+        self, model: "Model", settings: TalkSettings, questions: Sequence[str] | None = None
+    ) -> None:
+        """Prepare; nothing is computed yet.
+
+        Args:
+            model: with a chat template.
+            settings: how to sample.
+            questions: answer these; None: half from templates, half the model's own.
+
+        Raises:
+            UsageError: if the model has no chat template.
+        """
+        self._model, self._settings, self._questions = model, settings, questions
+        self.opening = model.chat_prompt(
+            [{"role": "user", "content": PLACEHOLDER}], add_generation_prompt=False
+        ).partition(PLACEHOLDER)[0]
+        self.new_tokens = 0
+
+    def batches(self, first: int) -> Iterator[list[Turn]]:
+        """Batches from conversation `first` on, as long as there are questions to answer."""
+        for start in itertools.count(first, self._settings.batch):
+            asked = self._given(start) if self._questions is not None else self._asked(start)
+            if not asked:
+                return
+            yield self._answered(start, asked)
+
+    def _given(self, start: int) -> list[Turn]:
+        lines = (self._questions or ())[start : start + self._settings.batch]
+        return [Turn(i, "given", text) for i, text in enumerate(lines, start)]
+
+    def _asked(self, start: int) -> list[Turn]:
+        indices = range(start, start + self._settings.batch)
+        turns = [self._from_template(index) for index in indices if index % 2 == 0]
+        own = [index for index in indices if index % 2]
+        texts = self._sample(
+            [self.opening] * len(own),
+            start,
+            temperature=self._settings.question_temperature,
+            max_new_tokens=self._settings.max_question_tokens,
+        )
+        for index, (text, ended) in zip(own, texts, strict=True):
+            flaw = flaw_of_question(text) if ended else "question too long"
+            turns.append(Turn(index, "own", text, flaw=flaw))
+        return sorted(turns)
+
+    def _from_template(self, index: int) -> Turn:
+        text = template_question(np.random.default_rng([self._settings.seed, index]))
+        return Turn(index, "template", text)
+
+    def _answered(self, start: int, turns: Sequence[Turn]) -> list[Turn]:
+        sound = [turn for turn in turns if turn.flaw is None]
+        prompts = [
+            self._model.chat_prompt([{"role": "user", "content": turn.question}]) for turn in sound
+        ]
+        answers = self._sample(
+            prompts,
+            start + 1,  # not the seed of the questions
+            temperature=self._settings.answer_temperature,
+            max_new_tokens=self._settings.max_new_tokens,
+        )
+        done = [turn for turn in turns if turn.flaw is not None]
+        for turn, (text, ended) in zip(sound, answers, strict=True):
+            answer = text if ended else whole_paragraphs(text)
+            flaw = flaw_of_answer(answer) if answer or ended else "answer too long"
+            done.append(turn._replace(answer=answer, cut=not ended, flaw=flaw))
+        return sorted(done)
+
+    def _sample(
+        self, prompts: list[str], stream: int, *, temperature: float, max_new_tokens: int
+    ) -> list[tuple[str, bool]]:
+        """The text that follows each prompt, and whether it ended by itself."""
+        if not prompts:
+            return []
+        seed = np.random.SeedSequence([self._settings.seed, stream]).generate_state(1)
+        texts = self._model.generate(
+            prompts,
+            temperature=temperature,
+            top_p=self._settings.top_p,
+            max_new_tokens=max_new_tokens,
+            seed=int(seed[0]),
+        )
+        stats = self._model.last_stats
+        assert stats is not None  # a generation has just ended
+        self.new_tokens += stats.new_tokens
+        return [
+            (text.strip(), ending == FINISHED)
+            for text, ending in zip(texts, stats.endings, strict=True)
+        ]
+
+
+class TalkFile:
+    """A JSONL file that grows by whole batches and can be taken up again after a kill."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        """Open or make `path`; what its last batch wrote is removed, to be made again.
+
+        Raises:
+            UsageError: if a line is none of ours, or the file cannot be read or written.
+        """
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            lines = path.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):
+                lines.pop()
+            records = [self._parsed(line, number) for number, line in enumerate(lines, 1)]
+            last = max((index for index, _ in records), default=0)
+            self.next = last - last % batch
+            kept = [i for i, (index, _) in enumerate(records) if index < self.next]
+            os.truncate(path, sum(len(lines[i]) for i in kept))
+        except OSError as cause:
+            raise UsageError(f"{path}: cannot be used ({cause.strerror})") from cause
+        self.questions = {records[i][1] for i in kept}
+        self.count = len(kept)
+
+    def _parsed(self, line: bytes, number: int) -> tuple[int, str]:
+        try:
+            record = json.loads(line)
+            return int(record["index"]), str(record["messages"][0]["content"])
+        except (ValueError, LookupError, TypeError) as cause:
+            raise UsageError(
+                f"{self._path}: line {number} is no conversation of selftalk; give a new file"
+            ) from cause
+
+    def append(self, turns: Sequence[Turn]) -> None:
+        """Write conversations so that they survive a power cut."""
+        lines = [
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": turn.question},
+                        {"role": "assistant", "content": turn.answer},
+                    ],
+                    "index": turn.number,
+                    "origin": turn.origin,
+                    "cut": turn.cut,
+                },
+                ensure_ascii=False,
+            )
+            for turn in turns
+        ]
+        with self._path.open("ab") as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.count += len(turns)
+        self.questions.update(turn.question for turn in turns)
+
+
+def talk(
+    model: "Model",
+    path: Path,
+    count: int,
+    settings: TalkSettings,
+    *,
+    questions: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Fill `path` up to `count` conversations, or until the given questions are answered.
+
+    Returns:
+        conversations in the file.
+
+    Raises:
+        UsageError: for a model without a chat template, or a file that is not ours.
+        EdgekitError: if nothing that the model says is usable.
+    """
+    source = SelfTalk(model, settings, questions)
+    file = TalkFile(path, settings.batch)
+    flaws: collections.Counter[str] = collections.Counter()
+    started, said, fruitless, before = time.perf_counter(), 0.0, 0, file.count
+    for turns in source.batches(file.next) if file.count < count else ():
+        kept = []
+        for turn in turns:
+            flaw = turn.flaw or ("asked before" if turn.question in file.questions else None)
+            if flaw is None:
+                kept.append(turn)
+                file.questions.add(turn.question)
+            else:
+                flaws[flaw] += 1
+        file.append(kept[: count - file.count])
+        fruitless = 0 if kept else fruitless + 1
+        if fruitless == PATIENCE:
+            raise EdgekitError(f"{PATIENCE} batches without one usable conversation: {dict(flaws)}")
+        seconds = time.perf_counter() - started
+        if seconds - said >= LINE_EVERY or file.count >= count:
+            said = seconds
+            say(_line(file.count, count, file.count - before, source.new_tokens, seconds, flaws))
+        if file.count >= count:
+            break
+    return file.count
+
+
+def _line(
+    done: int, count: int, new: int, tokens: int, seconds: float, flaws: "collections.Counter[str]"
+) -> str:
+    left = (count - done) * seconds / new / 60 if new else float("inf")
+    dropped = ", ".join(f"{flaw} {n}" for flaw, n in flaws.most_common())
+    return (
+        f"[{done}/{count}] {tokens / seconds:.0f} tok/s, {left:.0f} min left; "
+        f"dropped {flaws.total()} ({dropped})"
+    )
+
+
+def _read_questions(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as cause:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({cause})") from cause
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
+        raise UsageError(f"{path}: holds no question; write one on each line")
+    return questions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m edgekit.data.selftalk", allow_abbrev=False)
+    parser.add_argument("bundle", type=Path, help="a converted chat model")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to fill")
+    parser.add_argument("--count", type=int, default=1000, help="conversations to have in it")
+    parser.add_argument("--questions", type=Path, help="answer these, one a line")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="conversations side by side")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--engine", choices=("openvino", "onnx"))
+    args = parser.parse_args(argv)
+    settings = TalkSettings(seed=args.seed, batch=args.batch, max_new_tokens=args.max_new_tokens)
+    try:
+        questions = None if args.questions is None else _read_questions(args.questions)
+        model = load(args.bundle, engine=args.engine)
+        total = talk(
+            model,
+            args.out,
+            args.count,
+            settings,
+            questions=questions,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    except EdgekitError as error:
+        print(f"selftalk: error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{args.out}: {total} conversations")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
