@@ -2,9 +2,14 @@
 
 import torch
 
-__all__ = ["widened"]
+__all__ = ["full_precision", "widened"]
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
     """`x` in fp32, or as it is if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x: torch.Tensor) -> torch.autocast:
+    """A block in which autocast does not narrow what is computed on `x`'s device."""
+    return torch.autocast(x.device.type, enabled=False)

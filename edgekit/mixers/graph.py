@@ -93,6 +93,14 @@ class Graph(Protocol[T]):
         """
         ...
 
+    def window_attention(self, q: T, k: T, v: T, prefix: str, layer: int) -> T:
+        """Softmax over a window joined with linear attention over older tokens; states of `layer`.
+
+        q (num_heads heads), k and v (num_kv_heads heads) are rotated. Reads the tensors
+        `{prefix}.feature_map_q.weight`, `.feature_map_k.weight` and `.window_factor.weight`.
+        """
+        ...
+
     def logits(self, x: T, name: str) -> None:
         """The head `{name}.weight [V, D]` over the last position: output `logits [B, 1, V]`."""
         ...

@@ -5,7 +5,7 @@ from typing import Literal
 
 from edgekit.errors import UsageError
 
-__all__ = ["DecoderConfig", "LawcatConfig", "RopeConfig"]
+__all__ = ["DecoderConfig", "LawcatConfig", "LolcatsConfig", "RopeConfig"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -71,6 +71,36 @@ class LawcatConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LolcatsConfig:
+    """Shape and initialisation of the LoLCATs mixer (arXiv 2410.10254).
+
+    Attributes:
+        window: w, keys that softmax sees, the current token's among them.
+        feature_dim: f, columns of the feature matrices; the maps have F = 2 f features. None:
+            head_dim.
+        window_factor_init: the window's weight is sigmoid of this; -2.2 gives 0.1.
+        eps: added to the mass of the linear part.
+        common_scale: whether window and linear part share one scale; False subtracts the largest
+            logit from the window alone, as the authors' code does.
+    """
+
+    window: int = 64
+    feature_dim: int | None = None
+    window_factor_init: float = -2.2
+    eps: float = 1e-12
+    common_scale: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that there is a window."""
+        if self.window < 1:
+            raise UsageError(f"window {self.window} given; allowed: 1 or more")
+
+    def features(self, head_dim: int) -> int:
+        """F = 2 f: features, and rows of the linear state."""
+        return 2 * (self.feature_dim or head_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
     """A pre-norm decoder with rotary attention, SwiGLU and a token mixer chosen per layer.
 
@@ -104,6 +134,7 @@ class DecoderConfig:
     pad_token_id: int | None = None
     mixers: tuple[str, ...] = ()
     lawcat: LawcatConfig = field(default_factory=LawcatConfig)
+    lolcats: LolcatsConfig = field(default_factory=LolcatsConfig)
 
     def __post_init__(self) -> None:
         """Fill the mixers in (softmax everywhere) and check that the sizes fit together."""
@@ -144,7 +175,8 @@ class DecoderConfig:
     @property
     def needs_positions(self) -> bool:
         """Whether any layer reads absolute positions."""
-        return "softmax" in self.mixers or self.lawcat.position == "rope"
+        rotated = {"softmax", "lolcats"} | ({"lawcat"} if self.lawcat.position == "rope" else set())
+        return not rotated.isdisjoint(self.mixers)
 
     @property
     def context_limit(self) -> int | None:
@@ -152,7 +184,15 @@ class DecoderConfig:
         return self.context_length if "softmax" in self.mixers else None
 
     def with_mixers(
-        self, mixers: tuple[str, ...], lawcat: LawcatConfig | None = None
+        self,
+        mixers: tuple[str, ...],
+        lawcat: LawcatConfig | None = None,
+        lolcats: LolcatsConfig | None = None,
     ) -> "DecoderConfig":
         """The same decoder with other token mixers."""
-        return replace(self, mixers=mixers, lawcat=lawcat or self.lawcat)
+        return replace(
+            self,
+            mixers=mixers,
+            lawcat=lawcat or self.lawcat,
+            lolcats=lolcats or self.lolcats,
+        )

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from edgekit.kernels.precision import widened
 
-__all__ = ["causal_conv", "feature_map"]
+__all__ = ["causal_conv", "feature_map", "positive_features"]
 
 FEATURE_FLOOR = 1e-12
 
@@ -63,6 +63,11 @@ def feature_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         `[B, T, H, 2 f]`, at least 1e-12; each half sums to 1.
     """
-    u = widened(torch.einsum("bthd,hdf->bthf", x, weight))
+    return positive_features(torch.einsum("bthd,hdf->bthf", x, weight))
+
+
+def positive_features(u: torch.Tensor) -> torch.Tensor:
+    """max(concat(softmax(u), softmax(-u)), 1e-12) of `u [.., f]`: fp32 `[.., 2 f]`."""
+    u = widened(u)
     halves = torch.cat((u.softmax(dim=-1), (-u).softmax(dim=-1)), dim=-1)
     return halves.clamp_min(FEATURE_FLOOR)

@@ -15,6 +15,7 @@ from edgekit.testing import TINY_FAMILIES
 
 MIXERS = {
     "softmax": ("softmax", LawcatConfig()),
+    "lolcats": ("lolcats", LawcatConfig()),
     "lawcat-q-head": ("lawcat", LawcatConfig(state_sharing="q_head")),
     "lawcat-kv-head": ("lawcat", LawcatConfig(state_sharing="kv_head")),
     "lawcat-ablated": ("lawcat", LawcatConfig(conv=False, normaliser=False)),
