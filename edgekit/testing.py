@@ -264,6 +264,7 @@ def write_tiny_student(
         base=source.identity,
         mixers=mixers,
         lawcat=config.lawcat,
+        lolcats=config.lolcats if "lolcats" in mixers else None,
         recipe={"name": "none"},
         training=tuple(stages),
     )

@@ -163,7 +163,7 @@ def _memory(mixers: Sequence[str]) -> str:
     kept = [str(layer) for layer, mixer in enumerate(mixers) if mixer == "softmax"]
     if not kept:
         return "Its memory does not grow with the length of the text."
-    return f"Memory grows with the length of the text only in layers {', '.join(kept)}."
+    return f"Memory grows with the length of the text only where softmax stays: {', '.join(kept)}."
 
 
 def _runs(mixers: Sequence[str]) -> str:
@@ -258,7 +258,7 @@ def _results(notes: CardNotes) -> Iterator[str]:
 def _answers(notes: CardNotes) -> Iterator[str]:
     if not notes.answers:
         return
-    yield f"## {len(notes.answers)} plain questions"
+    yield "## Answers to plain questions"
     if notes.answers_command:
         yield _code(notes.answers_command)
     for answer in notes.answers:

@@ -106,6 +106,8 @@ class StudentManifest:
                 raise UsageError(f"student {self.name!r}: its base has no {key}")
         for mixer in dict.fromkeys(self.mixers):
             mixer_type(mixer)
+        if ("lolcats" in self.mixers) != (self.lolcats is not None):
+            raise UsageError(f"student {self.name!r}: lolcats layers and their options go together")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

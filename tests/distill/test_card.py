@@ -69,7 +69,7 @@ def test_what_the_files_say(directory: Path) -> None:
     for fact in (
         f"# tiny\n\nA student of {manifest.base['name']}: 2 of its 3 attention layers",
         "arxiv.org/abs/2509.18467",
-        "grows with the length of the text only in layers 1.",
+        "grows with the length of the text only where softmax stays: 1.",
         manifest.base["sha256"],
         record.sha256,
         f"({record.size / 1e6:.1f} MB)",
@@ -86,7 +86,7 @@ def test_what_the_files_say(directory: Path) -> None:
     ):
         assert fact in text
     assert "## Results" not in text
-    assert "plain question" not in text
+    assert "## Answers" not in text
 
 
 def test_what_a_person_adds(directory: Path) -> None:

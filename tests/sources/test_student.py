@@ -175,6 +175,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no-files": (lambda d: edit(d, files={}), "student.safetensors: damaged"),
     "mixer": (lambda d: edit(d, mixers=["rnn"]), "mixer 'rnn' is unknown; known: "),
     "base": (lambda d: edit(d, base={"name": "x", "kind": "hub"}), "its base has no sha256"),
+    "lolcats": (lambda d: edit(d, mixers=["lolcats"]), "lolcats layers and their options go"),
     "lawcat": (lambda d: edit(d, lawcat={"conv_size": 1}), "conv_size 1 given"),
 }
 
