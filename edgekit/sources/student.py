@@ -10,7 +10,7 @@ A directory of
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from edgekit.sources.base import Source, read_json, sha256_of
 from edgekit.sources.builtin import BUILT_IN
 from edgekit.sources.hf import SafetensorsStore
 from edgekit.sources.resolve import open_source
+from edgekit.sources.student_weights import A, B, StudentStore, check_tensors, lowrank
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,7 +46,6 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MANIFEST, TENSORS = MARKERS["student"], "student.safetensors"
-A, B = ".lowrank_a", ".lowrank_b"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,88 +250,20 @@ def apply_student(source: Source, student: Student) -> tuple[DecoderConfig, Weig
             f"{layers} layers; fetch the student again"
         )
     options = source.config.with_mixers(manifest.mixers, manifest.lawcat, manifest.lolcats)
-    _check_tensors(student, options, source.weights)
-    return options, _StudentStore(student.tensors, source.weights)
-
-
-def _check_tensors(student: Student, options: DecoderConfig, base: WeightStore) -> None:
-    """Every tensor that the mixers add is there in its shape, and whatever else is there fits."""
-    where = student.directory / TENSORS
-    added = {
-        f"model.layers.{layer}.self_attn.{name}": tuple(fresh.shape)
-        for layer, mixer in enumerate(options.mixers)
-        for name, fresh in mixer_type(mixer).fresh_tensors(options, layer).items()
-    }
-    for name, shape in added.items():
-        if name not in student.tensors:
-            raise SourceError(f"{where}: has no tensor {name!r}; fetch the student again")
-        found = student.tensors.tensor(name)
-        if tuple(found.shape) != shape:
-            raise SourceError(
-                f"{where}: {name!r} is {list(found.shape)}, the model asks for {list(shape)}"
-            )
-        if not found.isfinite().all():
-            raise SourceError(f"{where}: {name!r} has values that are not finite")
-    for name in student.tensors:
-        if name not in added:
-            _check_lowrank(where, name, student.tensors, base)
-
-
-def _check_lowrank(where: Path, name: str, tensors: WeightStore, base: WeightStore) -> None:
-    stem = name.removesuffix(A).removesuffix(B)
-    target = f"{stem}.weight"
-    if stem == name or target not in base:
-        raise SourceError(f"{where}: {name!r} has no place in the model")
-    if stem + A not in tensors or stem + B not in tensors:
-        raise SourceError(f"{where}: {name!r} lacks its other half; fetch the student again")
-    try:
-        shape = _lowrank(tensors, stem).shape
-    except UsageError as cause:
-        raise SourceError(f"{where}: {stem!r}: {cause}") from cause
-    if shape != tuple(base.tensor(target).shape):
-        raise SourceError(
-            f"{where}: {name!r} is for a weight {list(shape)}, "
-            f"the model's is {list(base.tensor(target).shape)}"
-        )
+    check_tensors(student.tensors, options, source.weights, where=student.directory / TENSORS)
+    return options, StudentStore(student.tensors, source.weights)
 
 
 def lowrank_pairs(student: Student) -> dict[str, LowRank]:
     """The student's differences by the matrix they add to (`model.layers.3.self_attn.q_proj`)."""
     stems = (name.removesuffix(A) for name in student.tensors if name.endswith(A))
-    return {stem: _lowrank(student.tensors, stem) for stem in stems}
+    return {stem: lowrank(student.tensors, stem) for stem in stems}
 
 
 def lowrank_tensors(pairs: Mapping[str, LowRank]) -> dict[str, torch.Tensor]:
     """The tensors that `write_student` stores differences as; undoes `lowrank_pairs`."""
     stored = {stem + A: pair.a for stem, pair in pairs.items()}
     return stored | {stem + B: pair.b for stem, pair in pairs.items()}
-
-
-def _lowrank(tensors: WeightStore, stem: str) -> LowRank:
-    return LowRank(a=tensors.tensor(stem + A), b=tensors.tensor(stem + B))
-
-
-class _StudentStore:
-    """The base's tensors with differences folded in, and the mixers' own; both in fp32."""
-
-    def __init__(self, student: WeightStore, base: WeightStore) -> None:
-        self._student, self._base = student, base
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._base or (name in self._student and not name.endswith((A, B)))
-
-    def __iter__(self) -> Iterator[str]:
-        yield from (name for name in self._student if not name.endswith((A, B)))
-        yield from self._base
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor called `name`."""
-        if name in self._student:
-            return self._student.tensor(name).float()
-        stem = name.removesuffix(".weight")
-        if stem + A in self._student:
-            return _lowrank(self._student, stem).fold(self._base.tensor(name))
-        return self._base.tensor(name)
 
 
 def open_model(

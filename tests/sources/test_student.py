@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edgekit.bundle import staged
 from edgekit.errors import BundleError, SourceError, UsageError
 from edgekit.models.config import LawcatConfig
 from edgekit.models.decoder import Decoder
 from edgekit.sources import Source, open_source
+from edgekit.sources.base import sha256_of
 from edgekit.sources.student import (
     StageRecord,
     StudentManifest,
@@ -231,6 +232,18 @@ def test_tensors_that_do_not_fit(teacher: Source, directory: Path, misfit: str) 
     with pytest.raises(SourceError, match=said) as caught:
         apply_student(teacher, read_student(directory))
     assert "student.safetensors: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [CONV, A])
+def test_a_tensor_that_is_not_finite(teacher: Source, directory: Path, name: str) -> None:
+    path = directory / "student.safetensors"
+    tensors = load_file(path)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    record = {"size": path.stat().st_size, "sha256": sha256_of([path])}
+    edit(directory, files={path.name: record})
+    with pytest.raises(SourceError, match=f"{name.removesuffix('.lowrank_a')}.*not finite"):
+        apply_student(teacher, read_student(directory))
 
 
 def test_mixers_for_another_count_of_layers(teacher: Source, directory: Path) -> None:
