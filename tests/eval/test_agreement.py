@@ -12,9 +12,12 @@ from edgekit.eval.reader import Reader, open_reader
 from edgekit.eval.torch_reading import start_reading
 from edgekit.eval.windows import WindowOptions
 from edgekit.models.decoder import Decoder
+from edgekit.sources import open_source
 from edgekit.testing import scrambled_decoder
 
 TEXT = "The capital of France is Paris. Once upon a time, 12 small models ran. " * 12
+# The teacher is rarely right about the first half; both are about the second.
+MIXED = "".join(chr(33 + 7 * i * i % 90) for i in range(1200)) + " i" * 150
 OPTIONS = WindowOptions(window=100, max_tokens=430)
 
 
@@ -38,10 +41,11 @@ def student(teacher: Reader, decoder: Decoder) -> Reader:
 def test_equals_plain_torch(
     teacher: Reader, student: Reader, decoder: Decoder, checkpoint: Path
 ) -> None:
-    own = plain_decoder(checkpoint)
-    ids = torch.from_numpy(teacher.tokenizer.encode(TEXT)[: OPTIONS.max_tokens])
+    source = open_source(checkpoint)
+    own = Decoder.from_store(source.config, source.weights)
+    ids = torch.from_numpy(teacher.tokenizer.encode(MIXED))
     kl, same, flips, right, count = 0.0, 0, 0, 0, 0
-    for part in ids.split(OPTIONS.window):
+    for part in ids.split(100):
         with torch.inference_mode():
             ours, theirs = decoder(part[None])[0][0, :-1], own(part[None])[0][0, :-1]
         pair = ours.log_softmax(-1), theirs.log_softmax(-1)
@@ -49,20 +53,13 @@ def test_equals_plain_torch(
         agreed, correct = ours.argmax(-1) == theirs.argmax(-1), theirs.argmax(-1) == part[1:]
         same, flips = same + int(agreed.sum()), flips + int((correct & ~agreed).sum())
         right, count = right + int(correct.sum()), count + len(part) - 1
-    result = agreement(student, teacher, TEXT, OPTIONS)
-    assert (result.windows, result.predictions) == (5, count)
+    result = agreement(student, teacher, MIXED, WindowOptions(window=100))
+    assert (result.windows, result.predictions) == (-(-len(ids) // 100), count)
     assert result.kl.value == pytest.approx(kl / count, rel=1e-4)
     assert result.top1.value == pytest.approx(same / count)
     assert result.flips.value == pytest.approx(flips / count)
     assert result.teacher_accuracy == pytest.approx(right / count)
-    assert 0 < flips <= right < count
-
-
-def plain_decoder(checkpoint: Path) -> Decoder:
-    from edgekit.sources import open_source
-
-    source = open_source(checkpoint)
-    return Decoder.from_store(source.config, source.weights)
+    assert 0 < flips < right < count
 
 
 def test_intervals_hold_their_values(teacher: Reader, student: Reader) -> None:
@@ -100,13 +97,13 @@ def test_another_vocabulary_is_refused(
 
 
 def test_other_tokens_are_refused(teacher: Reader, student: Reader, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     from edgekit.runtime import text
 
-    Tokenizer(models.WordLevel({"The": 0, "capital": 1}, unk_token="The")).save(
-        str(tmp_path / "tokenizer.json")
-    )
+    words = Tokenizer(models.WordLevel({"The": 0, "capital": 1}, unk_token="The"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
     other = replace(student, tokenizer=text.Tokenizer(tmp_path))
     with pytest.raises(UsageError, match="cut the text into different tokens"):
         agreement(other, teacher, TEXT, OPTIONS)
