@@ -115,6 +115,8 @@ def _payload(data: bytes) -> bytes:
     while at + AR_HEADER <= len(data):
         name, size = data[at : at + 16].strip(), int(data[at + 48 : at + 58])
         at += AR_HEADER
+        if at + size > len(data):
+            raise ValueError("it ends early")
         if name.startswith(b"data.tar"):
             return data[at : at + size]
         at += size + size % 2  # members start at even offsets

@@ -37,8 +37,8 @@ def novels(database: bytes) -> dict[str, str]:
             unpacker = zlib.decompressobj()
             block = unpacker.decompress(database[4:])
             database = unpacker.unused_data
-            if len(block) != size:
-                raise ValueError(f"a block of {len(block)} bytes says that it has {size}")
+            if len(block) != size or not unpacker.eof:
+                raise ValueError(f"a block holds {len(block)} of its {size} bytes")
             texts.append("\n".join(_strings(block)))
         except (struct.error, zlib.error, ValueError) as cause:
             raise CorpusError(f"janeaustenr's Rdata.rdb: damaged ({cause})") from cause

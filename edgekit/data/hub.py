@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from edgekit.errors import UsageError
 
 __all__ = ["read_dataset"]
 
+SPLIT = re.compile(r":(\w+(?:\[[^\]]*\])?)$")  # such as `:test` or `:train[:1000]`
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
 
@@ -18,13 +20,13 @@ def read_dataset(spec: str) -> Origin:
     """The rows of a data set, from its column `messages` or `text`.
 
     Args:
-        spec: `datasets:ID[:SPLIT]`, by default the split `train`. ID is a name on the hub, a directory of data files, or one that `save_to_disk` made.
+        spec: `datasets:ID[:SPLIT]`, by default the split `train`. ID is a name on the hub, a
+            directory of data files, or one that `save_to_disk` made.
 
     Raises:
         UsageError: if it cannot be loaded, lacks the split or both columns, or a row is malformed.
     """
-    name, split = _name_and_split(spec.removeprefix(DATASETS))
-    rows = _rows(name, split, spec)
+    rows = _rows(*_name_and_split(spec), spec)
     digest = hashlib.sha256()
     documents = []
     for number, row in enumerate(rows):
@@ -37,11 +39,10 @@ def read_dataset(spec: str) -> Origin:
     return Origin(name=spec, sha256=digest.hexdigest(), documents=kept)
 
 
-def _name_and_split(text: str) -> tuple[str, str]:
-    name, colon, split = text.rpartition(":")
-    if not colon or "/" in split or "\\" in split:
-        return text, "train"  # the colon, if any, is a drive's
-    return name, split
+def _name_and_split(spec: str) -> tuple[str, str]:
+    text = spec.removeprefix(DATASETS)
+    found = SPLIT.search(text)
+    return (text[: found.start()], found[1]) if found else (text, "train")
 
 
 def _rows(name: str, split: str, spec: str) -> Iterable[Mapping[str, Any]]:

@@ -57,6 +57,17 @@ class TalkSettings:
     answer_temperature: float = 0.5
     top_p: float = 0.95
 
+    def __post_init__(self) -> None:
+        """Check the batch and the seed; the model checks the rest.
+
+        Raises:
+            UsageError: for a batch below 1 or a negative seed.
+        """
+        if self.batch < 1 or self.seed < 0:
+            raise UsageError(
+                f"batch {self.batch} and seed {self.seed} given; allowed: from 1, from 0"
+            )
+
 
 class SelfTalk:
     """Draws conversations from a chat model."""
@@ -230,8 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--engine", choices=("openvino", "onnx"))
     args = parser.parse_args(argv)
-    settings = TalkSettings(seed=args.seed, batch=args.batch, max_new_tokens=args.max_new_tokens)
     try:
+        settings = TalkSettings(
+            seed=args.seed, batch=args.batch, max_new_tokens=args.max_new_tokens
+        )
         questions = None if args.questions is None else _read_questions(args.questions)
         model = load(args.bundle, engine=args.engine)
         total = talk(
