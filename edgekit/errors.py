@@ -5,6 +5,7 @@ __all__ = [
     "EdgekitError",
     "EngineError",
     "SourceError",
+    "TrainingError",
     "UnsupportedError",
     "UsageError",
     "VerificationError",
@@ -37,6 +38,10 @@ class BundleError(EdgekitError):
 
 class EngineError(EdgekitError):
     """An inference engine or device is missing or refuses the request."""
+
+
+class TrainingError(EdgekitError):
+    """Training cannot go on: a loss that is not finite, or a run that may not be resumed."""
 
 
 class VerificationError(EdgekitError):

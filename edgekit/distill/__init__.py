@@ -1,1 +1,1 @@
-"""Turn a transformer into a recurrent model: transfer of attention outputs, then low-rank tuning."""
+"""A transformer into a recurrent model: transfer of attention outputs, then low-rank tuning."""

@@ -5,12 +5,13 @@ width.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from edgekit.mixers.base import Form, MixerContext, State, mixer_type
+from edgekit.mixers.base import Form, MixerContext, State, TokenMixer, mixer_type
 from edgekit.models.config import DecoderConfig
 from edgekit.models.rope import apply_rope, rope_tables
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
@@ -36,6 +37,8 @@ class Mlp(nn.Module):
 
 class DecoderLayer(nn.Module):
     """Pre-norm mixer and feed-forward, each with a residual."""
+
+    self_attn: TokenMixer
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         """Build layer `layer` with the mixer that `config` names for it."""
@@ -79,6 +82,11 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """From the first to the last."""
+        return cast("list[DecoderLayer]", list(self.model.layers))
 
     @classmethod
     def from_store(cls, config: DecoderConfig, store: WeightStore) -> "Decoder":
@@ -130,7 +138,7 @@ class Decoder(nn.Module):
         context = step_context(self.config, ids.shape[1], total, mask, form)
         x = self.model.embed_tokens(ids)
         after = []
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, context, None if state is None else state[i])
             after.append({**layer_state, "position": torch.tensor(total)})
         return self.model.norm(x), after

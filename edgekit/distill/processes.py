@@ -1,0 +1,107 @@
+"""Where training runs: device, precision, and the processes that share a step."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+
+from edgekit.distill.allocator import keep_freed_memory
+from edgekit.errors import UsageError
+
+__all__ = ["Precision", "Processes", "choose_precision"]
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Processes:
+    """The processes of one run, started by `accelerate launch`, torchrun, or alone.
+
+    Every process holds the whole student and reads its rows of each step; gradients are summed once
+    a step in one flat tensor, since what is trained is a small part of the model.
+    """
+
+    def __init__(self, precision: Precision, *, cpu: bool = False) -> None:
+        """Join the group that the launcher describes in the environment.
+
+        Args:
+            precision: of matrix products; parameters stay fp32.
+            cpu: use the CPU where there is a GPU too.
+        """
+        self._accelerator = Accelerator(cpu=cpu)
+        self.precision = precision
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return int(self._accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self._accelerator.num_processes)
+
+    @property
+    def description(self) -> str:
+        """Device, precision and processes, for records."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"CPU, {torch.get_num_threads()} threads"
+        shared = f", {self.count} processes" if self.count > 1 else ""
+        return f"{name}, {self.precision}{shared}"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Enters the precision of matrix products."""
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def share(self, rows: int) -> tuple[int, int]:
+        """This process's part of `rows`: first and one after the last.
+
+        Raises:
+            UsageError: if they cannot be shared out evenly.
+        """
+        if rows % self.count:
+            raise UsageError(f"batch {rows} given; allowed: a multiple of {self.count} processes")
+        each = rows // self.count
+        return self.rank * each, (self.rank + 1) * each
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all processes, on its own device."""
+        if self.count == 1:
+            return tensor
+        total: torch.Tensor = self._accelerator.reduce(tensor.to(self.device), reduction="sum")
+        return total.to(tensor.device)
+
+    def add_up_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes."""
+        if self.count == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = self.add_up(torch.cat([g.flatten() for g in grads]))
+        for grad, part in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+
+def choose_precision(asked: Precision | Literal["auto"], *, cpu: bool = False) -> Precision:
+    """The precision of matrix products: `auto` takes bf16 where the hardware multiplies it."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available() and not cpu:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"

@@ -1,0 +1,50 @@
+"""Cross-entropy with the next token and KL to a teacher, from hidden states and a frozen head.
+
+With s and t the logits of student and teacher, divided by the temperature tau for the KL:
+
+    loss = ce sum_n -log softmax(s_n)[target_n]  +  kl tau^2 sum_n KL(softmax(t_n) || softmax(s_n))
+
+Sums, not means: the caller divides by counts that may span processes. Hinton et al., arXiv
+1503.02531, for the factor tau^2.
+"""
+
+import torch
+from torch.nn import functional
+
+__all__ = ["IGNORE", "vocabulary_loss"]
+
+IGNORE = -100  # target of a position that predicts nothing
+
+
+def vocabulary_loss(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    teacher_hidden: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy and summed KL, all logits at once.
+
+    Args:
+        hidden: the student's last hidden states `[N, D]`.
+        head: `[V, D]`, frozen.
+        targets: token to predict at each position, int64 `[N]`; `IGNORE` counts in the KL only.
+        teacher_hidden: the teacher's `[N, D]`; None: the KL is 0.
+        temperature: tau.
+
+    Returns:
+        Two fp32 (fp64 for fp64 inputs) scalars, in nats: cross-entropy and KL (times tau^2).
+    """
+    logits = _wide(hidden @ head.mT)
+    ce = functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    if teacher_hidden is None:
+        return ce, ce.new_zeros(())
+    expected = (_wide(teacher_hidden @ head.mT) / temperature).log_softmax(dim=-1)
+    actual = (logits / temperature).log_softmax(dim=-1)
+    kl = functional.kl_div(actual, expected, log_target=True, reduction="sum")
+    return ce, kl * temperature**2
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
