@@ -11,7 +11,7 @@ import collections
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from edgekit.runtime import load
 if TYPE_CHECKING:
     from edgekit.runtime import Model
 
-__all__ = ["SelfTalk", "TalkSettings", "main", "talk"]
+__all__ = ["SelfTalk", "TalkSettings", "collect", "main", "talk"]
 
 PLACEHOLDER = "\x00"  # stands for the question while the template is rendered
 FINISHED = "end of text"
@@ -163,6 +163,45 @@ class SelfTalk:
         ]
 
 
+def collect(
+    batches: Iterable[Sequence[Turn]], file: TalkFile, count: int, say: Callable[[str], None]
+) -> None:
+    """Add sound conversations to `file` until it holds `count`, no question twice.
+
+    Args:
+        batches: conversations from number `file.next` on.
+        file: what is there already.
+        count: conversations to have in it.
+        say: told now and then how far it is.
+
+    Raises:
+        EdgekitError: if PATIENCE batches in a row hold nothing usable.
+    """
+    flaws: collections.Counter[str] = collections.Counter()
+    started, said, fruitless, before = time.perf_counter(), 0.0, 0, file.count
+    for turns in batches if file.count < count else ():
+        kept = []
+        for turn in turns:
+            flaw = turn.flaw or ("asked before" if turn.question in file.questions else None)
+            if flaw is None:
+                kept.append(turn)
+                file.questions.add(turn.question)
+            else:
+                flaws[flaw] += 1
+        file.append(kept[: count - file.count])
+        fruitless = 0 if kept else fruitless + 1
+        if fruitless == PATIENCE:
+            raise EdgekitError(f"{PATIENCE} batches without one usable conversation: {dict(flaws)}")
+        seconds = time.perf_counter() - started
+        if seconds - said >= LINE_EVERY or file.count >= count:
+            said = seconds
+            rate = (file.count - before) / seconds
+            dropped = ", ".join(f"{flaw} {n}" for flaw, n in flaws.most_common())
+            say(f"[{file.count}/{count}] {rate:.2f} per second; dropped: {dropped or 'none'}")
+        if file.count >= count:
+            return
+
+
 def talk(
     model: "Model",
     path: Path,
@@ -183,39 +222,10 @@ def talk(
     """
     source = SelfTalk(model, settings, questions)
     file = TalkFile(path, settings.batch)
-    flaws: collections.Counter[str] = collections.Counter()
-    started, said, fruitless, before = time.perf_counter(), 0.0, 0, file.count
-    for turns in source.batches(file.next) if file.count < count else ():
-        kept = []
-        for turn in turns:
-            flaw = turn.flaw or ("asked before" if turn.question in file.questions else None)
-            if flaw is None:
-                kept.append(turn)
-                file.questions.add(turn.question)
-            else:
-                flaws[flaw] += 1
-        file.append(kept[: count - file.count])
-        fruitless = 0 if kept else fruitless + 1
-        if fruitless == PATIENCE:
-            raise EdgekitError(f"{PATIENCE} batches without one usable conversation: {dict(flaws)}")
-        seconds = time.perf_counter() - started
-        if seconds - said >= LINE_EVERY or file.count >= count:
-            said = seconds
-            say(_line(file.count, count, file.count - before, source.new_tokens, seconds, flaws))
-        if file.count >= count:
-            break
+    started = time.perf_counter()
+    collect(source.batches(file.next), file, count, say)
+    say(f"{source.new_tokens / (time.perf_counter() - started):.0f} tokens per second")
     return file.count
-
-
-def _line(
-    done: int, count: int, new: int, tokens: int, seconds: float, flaws: "collections.Counter[str]"
-) -> str:
-    left = (count - done) * seconds / new / 60 if new else float("inf")
-    dropped = ", ".join(f"{flaw} {n}" for flaw, n in flaws.most_common())
-    return (
-        f"[{done}/{count}] {tokens / seconds:.0f} tok/s, {left:.0f} min left; "
-        f"dropped {flaws.total()} ({dropped})"
-    )
 
 
 def _read_questions(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from edgekit.data import questions, selftalk
 from edgekit.data.documents import read_documents
 from edgekit.data.quality import flaw_of_answer, flaw_of_question, whole_paragraphs
-from edgekit.data.selftalk import SelfTalk, TalkSettings, talk
+from edgekit.data.selftalk import SelfTalk, TalkSettings, collect, talk
 from edgekit.data.talkfile import TalkFile, Turn
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.export.pipeline import convert
@@ -56,15 +56,25 @@ def test_a_model_that_says_nothing_usable(model: Model, tmp_path: Path) -> None:
         talk(model, tmp_path / "a.jsonl", 10, settings)
 
 
-def test_only_sound_answers_are_kept(model: Model, tmp_path: Path) -> None:
-    asked = [f"Question {i % 7}?" for i in range(40)]
-    said: list[str] = []
+def test_only_sound_answers_to_new_questions_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    settings = TalkSettings(batch=8, max_new_tokens=64)
-    kept = talk(model, path, 40, settings, questions=asked, say=said.append)
-    documents = read_documents(path).documents if kept else ()
-    assert kept == len(documents) <= 7
-    assert len({document.messages[0]["content"] for document in documents}) == kept
+    said: list[str] = []
+    flawed = [turn._replace(flaw="empty") for turn in turns(8, 4)]
+    batches = [turns(0, 4), turns(0, 4), flawed, turns(12, 4), turns(16, 4)]
+    collect(batches, TalkFile(path, 4), 10, said.append)
+    kept = [document.messages[0]["content"] for document in read_documents(path).documents]
+    assert kept == [f"Question {i}?" for i in (0, 1, 2, 3, 12, 13, 14, 15, 16, 17)]
+    assert said[-1].startswith("[10/10]")
+    assert "empty 4" in said[-1]
+    assert "asked before 4" in said[-1]
+
+
+def test_a_full_file_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    TalkFile(path, 4).append(turns(0, 9))
+    file = TalkFile(path, 4)
+    collect([turns(8, 4)], file, 5, print)
+    assert file.count == 8
 
 
 def test_a_killed_run_goes_on_with_its_last_batch(tmp_path: Path) -> None:
