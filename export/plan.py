@@ -104,6 +104,7 @@ def _student_step(student: Student) -> dict[str, Any]:
         "recipe": manifest.recipe.get("name"),
         "training": dump(manifest.training),
         "lawcat": dump(manifest.lawcat),
+        "lolcats": dump(manifest.lolcats),
         "sha256": sha256_of([student.directory / MARKERS["student"]]),
     }
 

@@ -6,7 +6,7 @@ What the student's own files say is taken from them; a person adds `CardNotes`, 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class CardNotes:
         base_licence: licence of the teacher.
         licence: licence of the student's own tensors.
         commands: what was typed to make it, in order.
+        data_licences: licence of each training file by its name in the manifest.
         hardware: in words, beside the devices that the manifest names.
         tables: measured results.
         answers: plain questions and what was said.
@@ -82,6 +83,7 @@ class CardNotes:
     base_licence: str = ""
     licence: str = ""
     commands: tuple[str, ...] = ()
+    data_licences: dict[str, str] = field(default_factory=dict)
     hardware: str = ""
     tables: tuple[Table, ...] = ()
     answers: tuple[Answer, ...] = ()
@@ -121,7 +123,7 @@ def write_card(directory: Path, notes: CardNotes | None = None) -> Path:
         _about(student, notes),
         _use(student, notes),
         _making(student, notes),
-        _data(student),
+        _data(student, notes),
         _training(student, notes),
         _results(notes),
         _answers(notes),
@@ -193,11 +195,17 @@ def _making(student: Student, notes: CardNotes) -> Iterator[str]:
         yield _code(json.dumps(used, indent=1), language="json")
 
 
-def _data(student: Student) -> Iterator[str]:
-    records = student.manifest.data
-    if not records:
+def _data(student: Student, notes: CardNotes) -> Iterator[str]:
+    if not student.manifest.data:
         return
     yield "## Data"
+    licences = notes.data_licences
+    records = [
+        {**record, "licence": licences[record["name"]]}
+        if record.get("name") in licences
+        else record
+        for record in student.manifest.data
+    ]
     keys = list(dict.fromkeys(key for record in records for key in record))
     yield _table(keys, [[_cell(record.get(key, "")) for key in keys] for record in records])
 

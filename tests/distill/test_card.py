@@ -26,6 +26,7 @@ NOTES = CardNotes(
     base_licence="Apache-2.0",
     licence="Apache-2.0",
     commands=("edgekit distill tiny-llama -o s --data a.txt --recipe smoke",),
+    data_licences={"a|b.txt": "CC0", "not-used.txt": "MIT"},
     hardware="one H100, 21 minutes",
     tables=(TABLE,),
     answers=(Answer(question="Who | what?", student="A model.\n\nSmall.", teacher="Me."),),
@@ -41,7 +42,7 @@ def directory(tiny_checkpoint: Tiny, tmp_path: Path) -> Path:
         tmp_path / "s", tiny_checkpoint("llama"), ("lawcat", "softmax", "lawcat"), conv_size=3
     )
     student = read_student(made)
-    data = {"name": "a|b.txt", "tokens": 1234567, "licence": "CC0", "sha256": "e" * 64}
+    data = {"name": "a|b.txt", "tokens": 1234567, "sha256": "e" * 64}
     tensors = {name: student.tensors.tensor(name) for name in student.tensors}
     recipe = {"name": "smoke", "transfer": {"lr": 0.01}}
     manifest = replace(student.manifest, data=(data,), recipe=recipe, versions={"torch": "2.13"})
@@ -77,7 +78,7 @@ def test_what_the_files_say(directory: Path) -> None:
         f"edgekit convert {manifest.base['name']} -o out --student tiny",
         '"lr": 0.01',
         '"conv_size": 3',
-        f"| a\\|b.txt | 1,234,567 | CC0 | {'e' * 64} |",
+        f"| a\\|b.txt | 1,234,567 | {'e' * 64} |\n",
         "| 1 | 9 | 1,200,000 | 0 min 02 s | 800,000 | 0.25 | none |",
         "Versions: torch 2.13.",
         "![Loss against tokens](loss.png)",
@@ -97,6 +98,8 @@ def test_what_a_person_adds(directory: Path) -> None:
         "| licence of the student | Apache-2.0 |",
         "```\nedgekit distill tiny-llama -o s --data a.txt --recipe smoke\n```",
         "Hardware: one H100, 21 minutes",
+        "| name | tokens | sha256 | licence |",
+        f"| a\\|b.txt | 1,234,567 | {'e' * 64} | CC0 |\n",
         "### Passkey\n\n| model | 1024 |\n| --- | --- |\n| teacher | 99 % |",
         "100 samples a cell, Wilson intervals.\n\n```\nedgekit eval out --task passkey",
         "**Who | what?**\n\n> *student:* A model.\n>\n> Small.\n\n> *teacher:* Me.",

@@ -113,6 +113,16 @@ def test_differences_are_folded_and_the_teacher_is_unchanged(
     Decoder.from_store(config, weights)(torch.arange(9)[None])
 
 
+def test_a_student_may_mix_its_mixers(teacher: Source, tmp_path: Path) -> None:
+    mixers = ("lolcats", "softmax", "lawcat")
+    directory = write_tiny_student(tmp_path / "s", teacher.directory, mixers)
+    student = read_student(directory)
+    config, weights = apply_student(teacher, student)
+    assert config.mixers == mixers
+    assert config.lolcats == student.manifest.lolcats
+    Decoder.from_store(config, weights)(torch.arange(9)[None])
+
+
 def test_differences_come_back_as_pairs(directory: Path) -> None:
     pairs = lowrank_pairs(read_student(directory))
     assert len(pairs) == 2 * 4
