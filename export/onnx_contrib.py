@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto
 
 from edgekit.export.onnx_file import CONTRIB
-from edgekit.export.onnx_graph import OnnxGraph
+from edgekit.export.onnx_lolcats import LolcatsGraph
 from edgekit.export.onnx_values import Part, Rotated, Sum, Value
 from edgekit.models.rope import rope_tables
 
@@ -23,7 +23,7 @@ ROTARY_UNIT = 16  # the operator rotates heads of a multiple of this width only
 HIDDEN = -1e9  # attention bias of padding; finite, so that a row of padding stays a number
 
 
-class ContribGraph(OnnxGraph):
+class ContribGraph(LolcatsGraph):
     """`OnnxGraph` with contrib operators."""
 
     def rms_norm(self, x: Value, name: str) -> Value:
@@ -109,17 +109,18 @@ class ContribGraph(OnnxGraph):
         inputs = [minus_a, minus_bias, self.file.constant(scale, "gate_scale")]
         return self.file.node(f"{CONTRIB}.LinearAttentionGate", inputs, name)
 
-    def _recurrence(self, q: str, k: str, v: str, g: str, layer: int, name: str) -> str:
-        config = self.config
+    def _recurrence(
+        self, q: str, k: str, v: str, g: str | None, sizes: tuple[int, int], layer: int, name: str
+    ) -> str:
         past, present = self.state(layer, "ssm")
         return self.file.nodes(
             f"{CONTRIB}.LinearAttention",
-            [q, k, v, past, g],
+            [q, k, v, past] if g is None else [q, k, v, past, g],
             name,
             ["*", present],
-            q_num_heads=config.num_heads,
-            kv_num_heads=config.state_heads,
-            update_rule="gated",
+            q_num_heads=self.config.num_heads,
+            kv_num_heads=sizes[0],
+            update_rule="linear" if g is None else "gated",
             scale=1.0,
         )[0]
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from onnx import TensorProto
 
+from edgekit.export.onnx_chunks import Chunks
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, repeat_heads
 from edgekit.export.onnx_table import TokenTable
@@ -105,7 +106,8 @@ class OnnxGraph:
         config, prefix = self.config, f"model.layers.{layer}.self_attn.linear_attention"
         values = self._value_columns(v)
         inputs = (q.name, k.name, values.name, self._decay(g))
-        numerators = self._recurrence(*inputs, layer, prefix)  # [B, T, H * value_columns]
+        owners = (config.state_heads, config.state_rows)
+        numerators = self._recurrence(*inputs, owners, layer, prefix)  # [B, T, H * value_columns]
         d, columns = config.head_dim, config.value_columns
         heads = self._reshape(numerators, [0, 0, config.num_heads, columns], f"{prefix}.heads")
         sizes = self.file.constant([n for n in (d, 1, columns - d - 1) if n])
@@ -169,8 +171,14 @@ class OnnxGraph:
         """logsigmoid(a + bias) / gate_divisor of `[B, T, width]`, given -a and -bias."""
 
     @abstractmethod
-    def _recurrence(self, q: str, k: str, v: str, g: str, layer: int, name: str) -> str:
-        """Gated linear attention without its division: `[B, T, H * value_columns]`."""
+    def _recurrence(
+        self, q: str, k: str, v: str, g: str | None, sizes: tuple[int, int], layer: int, name: str
+    ) -> str:
+        """Linear attention without its division: `[B, T, H * value_columns]`.
+
+        Features q and k, value columns v; g is the log decay, None for no decay; `sizes` are the
+        heads that own a state and the features of each.
+        """
 
     def state(self, layer: int, kind: Kind) -> tuple[str, str]:
         """Declare a state; returns the names of its graph input and output."""
@@ -181,6 +189,11 @@ class OnnxGraph:
             axes: list[int | str] = [grown if n < 0 else n for n in record.shape[1:]]
             declare(name, TensorProto.FLOAT, ["batch", *axes])
         return record.onnx
+
+    @functools.cached_property
+    def chunks(self) -> Chunks:
+        """How T is cut where an operator works chunk by chunk."""
+        return Chunks(self.file, self.time)
 
     @functools.cached_property
     def time(self) -> str:
@@ -309,7 +322,12 @@ class OnnxGraph:
         channels = self._channels(q, k, name)
         heads = self._reshape(channels, [0, repeats, len(weight), d, -1], f"{name}.heads")
         u = self._project(heads, stored, name)  # [B, R, N, T, f]
-        count = repeats * len(weight)
+        flat = self._positive(u, repeats * len(weight), f, name)
+        sizes = self.file.constant([config.num_heads * 2 * f, config.state_heads * 2 * f])
+        return self.file.nodes("Split", [flat, sizes], f"{name}.split", 2, axis=-1)
+
+    def _positive(self, u: str, count: int, f: int, name: str) -> str:
+        """max([softmax(u), softmax(-u)], floor) of `[B, ., ., T, f]`: `[B, T, count * 2 f]`."""
         single = self._reshape(u, [0, count, -1, 1, f], f"{name}.single")
         signs = self.file.constant(np.array([[1], [-1]], np.float32), "signs")
         signed = self.file.node("Mul", [single, signs], f"{name}.signed")
@@ -317,9 +335,7 @@ class OnnxGraph:
         floor = self.file.constant(np.float32(FEATURE_FLOOR), "feature_floor")
         phi = self.file.node("Max", [halves, floor], f"{name}.floor")
         rows = self.file.node("Transpose", [phi], f"{name}.out", perm=[0, 2, 1, 3, 4])
-        flat = self._reshape(rows, [0, 0, count * 2 * f], f"{name}.flatten")
-        sizes = self.file.constant([config.num_heads * 2 * f, config.state_heads * 2 * f])
-        return self.file.nodes("Split", [flat, sizes], f"{name}.split", 2, axis=-1)
+        return self._reshape(rows, [0, 0, count * 2 * f], f"{name}.flatten")
 
     def _decay(self, g: Decay) -> str:
         """-a = up(down(x)) with the sign in the weights, then logsigmoid, floor and mask."""

@@ -16,19 +16,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from edgekit.export.onnx_graph import END, Kind, OnnxGraph
+from edgekit.export.onnx_graph import END, Kind
+from edgekit.export.onnx_lolcats import LolcatsGraph
 from edgekit.export.onnx_values import Value
 
 __all__ = ["PortableGraph"]
 
-CHUNK = 64
 HIDDEN = -1e9
 CHUNK_ATTRIBUTES: dict[str, dict[str, Any]] = {
     "Gather": {"axis": 2},
     "Transpose": {"perm": [0, 1, 3, 2]},
 }
 # One chunk, each step as output, operator, inputs: q [B, S, G, C, F]; k, g [B, S, C, F];
-# v [B, S, C, V]; state S [B, S, F, V]; `lower`, `visible` and `middle` see `PortableGraph._lower`.
+# v [B, S, C, V]; state S [B, S, F, V]; `lower`, `visible` and `middle` see `Chunks.lower`.
 CHUNK_STEPS = (
     ("b", "MatMul", "lower g"),
     ("anchor", "Gather", "b middle"),
@@ -64,7 +64,7 @@ CHUNK_STEPS = (
 )
 
 
-class PortableGraph(OnnxGraph):
+class PortableGraph(LolcatsGraph):
     """`OnnxGraph` with operators of the standard only."""
 
     def rms_norm(self, x: Value, name: str) -> Value:
@@ -149,11 +149,14 @@ class PortableGraph(OnnxGraph):
         scale = np.float32(-1.0 / self.config.lawcat.gate_divisor)
         return self.file.node("Mul", [softplus, self.file.constant(scale, "gate_scale")], name)
 
-    def _recurrence(self, q: str, k: str, v: str, g: str, layer: int, name: str) -> str:
-        config = self.config
-        states, features, columns = config.state_heads, config.state_rows, config.value_columns
-        groups = config.num_heads // states
+    def _recurrence(
+        self, q: str, k: str, v: str, g: str | None, sizes: tuple[int, int], layer: int, name: str
+    ) -> str:
+        (states, features), config = sizes, self.config
+        columns, groups = config.value_columns, config.num_heads // states
         past, present = self.state(layer, "ssm")
+        if g is None:
+            g = self.file.node("Mul", [k, self.file.constant(np.float32(0), "zero")], f"{name}.g")
         chunked = [
             self._chunked(q, [states, groups, features], [1, 0, 3, 4, 2, 5], f"{name}.q"),
             self._chunked(k, [states, features], [1, 0, 3, 2, 4], f"{name}.k"),
@@ -170,47 +173,15 @@ class PortableGraph(OnnxGraph):
 
     def _chunked(self, x: str, widths: Sequence[int], order: Sequence[int], name: str) -> str:
         """`[B, T, widths]` padded to whole chunks and ordered `[n, B, heads.., C, width]`."""
-        filled = self.file.node("Pad", [x, self._chunk_padding], f"{name}.padded")
-        shape = [self.file.constant([0]), *self._chunk_shape, self.file.constant(list(widths))]
+        filled = self.file.node("Pad", [x, self.chunks.padding], f"{name}.padded")
+        shape = [self.file.constant([0]), *self.chunks.shape, self.file.constant(list(widths))]
         wanted = self.file.node("Concat", shape, f"{name}.chunk_shape", axis=0)
         apart = self.file.node("Reshape", [filled, wanted], f"{name}.chunks")
         return self.file.node("Transpose", [apart], f"{name}.chunk_major", perm=list(order))
 
-    @functools.cached_property
-    def _chunk_shape(self) -> tuple[str, str]:
-        """The numbers n and C, int64 `[1]`: n chunks of C tokens hold T."""
-        node, constant = self.file.node, self.file.constant
-        size = node("Min", [self.time, constant([CHUNK])], "chunk.size")
-        more = node(
-            "Sub", [node("Add", [self.time, size], "chunk.more"), constant([1])], "chunk.up"
-        )
-        return node("Div", [more, size], "chunk.count"), size
-
-    @functools.cached_property
-    def _chunk_padding(self) -> str:
-        """Pads of `[B, T, width]` up to whole chunks, int64 `[6]`."""
-        count, size = self._chunk_shape
-        whole = self.file.node("Mul", [count, size], "chunk.whole")
-        missing = self.file.node("Sub", [whole, self.time], "chunk.missing")
-        zeros, zero = self.file.constant([0, 0, 0, 0]), self.file.constant([0])
-        return self.file.node("Concat", [zeros, missing, zero], "chunk.padding", axis=0)
-
-    @functools.cached_property
-    def _lower(self) -> tuple[str, str, str]:
-        """The lower triangle of `[C, C]` as bool and as fp32, and the middle row's index `[1]`."""
-        node, size = self.file.node, self._chunk_shape[1]
-        ends = [np.asarray(n, np.int64) for n in (0, 1)]
-        start, step = (self.file.constant(n, "chunk.range") for n in ends)
-        end = self._reshape(size, [], "chunk.end")
-        columns = node("Range", [start, end, step], "chunk.columns")
-        rows = node("Unsqueeze", [columns, self.file.constant([1])], "chunk.rows")
-        visible = node("LessOrEqual", [columns, rows], "chunk.visible")
-        lower = node("Cast", [visible], "chunk.lower", to=TensorProto.FLOAT)
-        return visible, lower, node("Div", [size, self.file.constant([2])], "chunk.middle")
-
     def _body(self, name: str) -> onnx.GraphProto:
         """The chunk `CHUNK_STEPS` as a graph: S, q, k, v, g to S' and n."""
-        visible, lower, middle = self._lower
+        visible, lower, middle = self.chunks.lower
         outer = {
             "visible": visible,
             "lower": lower,

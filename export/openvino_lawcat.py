@@ -25,7 +25,7 @@ from openvino import opset15 as op
 from edgekit.export.openvino_values import ints, scalar
 from edgekit.models.config import DecoderConfig
 
-__all__ = ["Chunking", "chunk_count", "gated_attention"]
+__all__ = ["Chunking", "chunk_count", "gated_attention", "lower_triangle", "scan"]
 
 Handle = Any  # an openvino.Output: the package ships no types
 CHUNK = 64
@@ -55,7 +55,7 @@ class Chunking:
         s, columns = config.state_heads, config.value_columns
         count = chunk_count(time)
         size = op.divide(time, count)
-        causal = _lower_triangle(size)
+        causal = lower_triangle(size)
         ones = np.zeros((1, 1, 1, columns - config.head_dim), np.float32)
         ones[..., 0] = 1.0
         tail_shape = op.concat([batch, ints([s]), time, ints([ones.shape[-1]])], 0)
@@ -109,7 +109,7 @@ def gated_attention(
     within = op.matmul(weights, op.unsqueeze(vc, ints([3])), False, False)
     shrink = _column(op.exp(op.subtract(last, middle)), config)
     added = op.multiply(shrink, op.matmul(kc, vc, True, False))  # [B, S, N, F, V]
-    entering, after = _scan(_column(op.exp(last), config), added.output(0), past, config)
+    entering, after = scan(added.output(0), past, _column(op.exp(last), config))
     anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), ints([3]))
     y = _swap_groups(op.add(within, op.matmul(qc, anchored, False, False)))
     return _finished(op.reshape(y, chunking.output_shape, True), config), after
@@ -137,33 +137,38 @@ def _finished(x: ov.Node, config: DecoderConfig) -> Handle:
     return op.reshape(op.transpose(y, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
 
-def _lower_triangle(size: ov.Node) -> Handle:
+def lower_triangle(size: ov.Node) -> Handle:
+    """Boolean `[C, C]` for a size `[1]`."""
     steps = op.range(ints(0), op.squeeze(size, ints([0])), ints(1), "i64")
     return op.less_equal(op.unsqueeze(steps, ints([0])), op.unsqueeze(steps, ints([1]))).output(0)
 
 
-def _scan(
-    decay: Handle, added: Handle, past: Handle, config: DecoderConfig
-) -> tuple[Handle, Handle]:
-    """States entering each chunk `[B, S, N, F, V]` and after the last `[B, S, F, V]`."""
-    s, f, columns = config.state_heads, config.state_rows, config.value_columns
+def scan(added: Handle, past: Handle, decay: Handle | None = None) -> tuple[Handle, Handle]:
+    """States that enter each chunk `[B, S, N, F, V]` and the state after the last `[B, S, F, V]`.
+
+    Args:
+        added: what each chunk adds, `[B, S, N, F, V]`.
+        past: the state before the first chunk, `[B, S, F, V]`.
+        decay: what each chunk multiplies the state by, `[B, S, N, F, 1]`; None: nothing.
+    """
+    s, f, columns = (int(n.get_length()) for n in list(past.get_partial_shape())[1:])
     state, delta, scale = (
         ov.op.Parameter(ov.Type.f32, ov.PartialShape([-1, s, 1, f, width]))
         for width in (columns, columns, 1)
     )
-    following = op.add(op.multiply(scale, state), delta)
+    kept = state if decay is None else op.multiply(scale, state)
     keep_going = op.constant(np.array(True))
-    body = ov.Model(
-        [op.result(following), op.result(state), op.result(keep_going)], [state, delta, scale]
-    )
+    results = [op.result(op.add(kept, delta)), op.result(state), op.result(keep_going)]
+    body = ov.Model(results, [state, delta] if decay is None else [state, delta, scale])
     count = op.gather(op.shape_of(added), ints(2), ints(0))
     loop = op.loop(count, op.constant(np.array(True)))
     loop.set_function(body)
     loop.set_special_body_ports([-1, 2])
-    next_result, entering_result, _ = body.get_results()
-    loop.set_merged_input(state, op.unsqueeze(past, ints([2])).output(0), next_result.output(0))
+    following, entering, _ = body.get_results()
+    loop.set_merged_input(state, op.unsqueeze(past, ints([2])).output(0), following.output(0))
     loop.set_sliced_input(delta, added, 0, 1, 1, -1, 2)
-    loop.set_sliced_input(scale, decay, 0, 1, 1, -1, 2)
-    after = loop.get_iter_value(next_result.output(0), -1)
-    entering = loop.get_concatenated_slices(entering_result.output(0), 0, 1, 1, -1, 2)
-    return entering, op.squeeze(after, ints([2])).output(0)
+    if decay is not None:
+        loop.set_sliced_input(scale, decay, 0, 1, 1, -1, 2)
+    after = loop.get_iter_value(following.output(0), -1)
+    states = loop.get_concatenated_slices(entering.output(0), 0, 1, 1, -1, 2)
+    return states, op.squeeze(after, ints([2])).output(0)

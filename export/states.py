@@ -3,7 +3,7 @@
 from edgekit.bundle import StateRecord
 from edgekit.models.config import DecoderConfig
 
-__all__ = ["input_names", "state_records"]
+__all__ = ["history_channels", "input_names", "state_records", "value_channels"]
 
 
 def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
@@ -11,7 +11,7 @@ def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
     return tuple(
         record
         for layer, mixer in enumerate(config.mixers)
-        for record in (_growing(config, layer) if mixer == "softmax" else _constant(config, layer))
+        for record in RECORDS[mixer](config, layer)
     )
 
 
@@ -33,21 +33,57 @@ def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
     ]
 
 
-def _constant(config: DecoderConfig, layer: int) -> list[StateRecord]:
+def _lawcat(config: DecoderConfig, layer: int) -> list[StateRecord]:
     channels = (config.num_heads + config.state_heads) * config.head_dim
-    past, present = f"past_key_values.{layer}", f"present.{layer}"
-    conv = StateRecord(
+    conv = _conv(layer, channels, config.lawcat.conv_size - 1)
+    ssm = _ssm(layer, config.state_heads, config.state_rows, config.value_columns)
+    return [conv, ssm] if config.lawcat.conv else [ssm]
+
+
+def _lolcats(config: DecoderConfig, layer: int) -> list[StateRecord]:
+    rows = config.lolcats.features(config.head_dim)
+    return [
+        _conv(layer, history_channels(config), config.lolcats.window),
+        _ssm(layer, config.num_heads, rows, config.value_columns),
+    ]
+
+
+def _conv(layer: int, channels: int, columns: int) -> StateRecord:
+    return StateRecord(
         layer=layer,
         kind="conv",
         openvino=f"cache_params.past.conv.{layer}",
-        onnx=(f"{past}.conv_state", f"{present}.conv_state"),
-        shape=(-1, channels, config.lawcat.conv_size - 1),
+        onnx=(f"past_key_values.{layer}.conv_state", f"present.{layer}.conv_state"),
+        shape=(-1, channels, columns),
     )
-    ssm = StateRecord(
+
+
+def _ssm(layer: int, heads: int, rows: int, columns: int) -> StateRecord:
+    return StateRecord(
         layer=layer,
         kind="ssm",
         openvino=f"cache_params.past.ssm.{layer}",
-        onnx=(f"{past}.recurrent_state", f"{present}.recurrent_state"),
-        shape=(-1, config.state_heads, config.state_rows, config.value_columns),
+        onnx=(f"past_key_values.{layer}.recurrent_state", f"present.{layer}.recurrent_state"),
+        shape=(-1, heads, rows, columns),
     )
-    return [conv, ssm] if config.lawcat.conv else [ssm]
+
+
+RECORDS = {"softmax": _growing, "lawcat": _lawcat, "lolcats": _lolcats}
+
+
+def history_channels(config: DecoderConfig) -> int:
+    """Channels of a LoLCATs window: rotated keys, values, and 1 where there is a token."""
+    return 2 * config.num_kv_heads * config.head_dim + 1
+
+
+def value_channels(config: DecoderConfig) -> list[int]:
+    """Which of these channels are the value columns of each query head, head after head.
+
+    The values, then the token's 1 in the normaliser's column and, unread, in the padding.
+    """
+    d, last = config.head_dim, history_channels(config) - 1
+    return [
+        (config.num_kv_heads + head // config.groups) * d + column if column < d else last
+        for head in range(config.num_heads)
+        for column in range(config.value_columns)
+    ]

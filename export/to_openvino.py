@@ -14,9 +14,12 @@ import numpy as np
 import openvino as ov
 import torch
 from openvino import opset15 as op
+from torch.nn import functional
 
 from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attention
-from edgekit.export.openvino_values import ints, scalar
+from edgekit.export.openvino_values import at, ints, named, parameter, scalar, sliced, squeezed
+from edgekit.export.openvino_window import Bands, LinearPart, window_attention
+from edgekit.export.states import history_channels, value_channels
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
 from edgekit.models.rope import inverse_frequencies
@@ -66,8 +69,8 @@ class OpenVinoGraph:
         self._matrices: dict[str, Handle] = {}
         self._recurrent = any(mixer != "softmax" for mixer in config.mixers)
         names = ["input_ids", "attention_mask"] + ["position_ids"] * config.needs_positions
-        self._inputs = {name: _parameter(name, [-1, -1], ov.Type.i64) for name in names}
-        self._inputs["beam_idx"] = _parameter("beam_idx", [-1], ov.Type.i32)
+        self._inputs = {name: parameter(name, [-1, -1], ov.Type.i64) for name in names}
+        self._inputs["beam_idx"] = parameter("beam_idx", [-1], ov.Type.i32)
         self._logits: Handle | None = None
 
     def finish(self) -> ov.Model:
@@ -84,7 +87,7 @@ class OpenVinoGraph:
     @cached_property
     def _time(self) -> _Time:
         shape = op.shape_of(self._inputs["input_ids"])
-        batch, length = _at(shape, 0), _at(shape, 1)
+        batch, length = at(shape, 0), at(shape, 1)
         chunks = chunk_count(length)
         chunk = op.divide(op.subtract(op.add(length, chunks), ints([1])), chunks)
         return _Time(batch, length, op.subtract(op.multiply(chunk, chunks), length))
@@ -93,6 +96,11 @@ class OpenVinoGraph:
     def _chunking(self) -> Chunking:
         padded = op.add(self._time.length, self._time.padding).output(0)
         return Chunking.of(self._time.batch, padded, self._config)
+
+    @cached_property
+    def _bands(self) -> Bands:
+        padded = op.add(self._time.length, self._time.padding).output(0)
+        return Bands.of(padded, self._config)
 
     def _pad_time(self, x: Handle, axis: int) -> Handle:
         """Append the padding of `_Time` to `axis`, zero-filled."""
@@ -106,7 +114,7 @@ class OpenVinoGraph:
     def _recent_mask(self) -> Handle:
         """1 for tokens, 0 for padding on either side, fp32 `[B, T', 1]`."""
         start = op.negative(self._time.length)
-        recent = _slice(self._inputs["attention_mask"].output(0), start, None, 1)
+        recent = sliced(self._inputs["attention_mask"].output(0), start, None, 1)
         mask = self._pad_time(op.convert(recent, "f32").output(0), 1)
         return op.unsqueeze(mask, ints([2])).output(0)
 
@@ -124,10 +132,10 @@ class OpenVinoGraph:
     def _visible(self) -> Handle:
         """The additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
         given = self._inputs["attention_mask"]
-        total = _at(op.shape_of(given), 1)
-        columns = op.range(ints(0), _squeezed(total), ints(1), "i64")
+        total = at(op.shape_of(given), 1)
+        columns = op.range(ints(0), squeezed(total), ints(1), "i64")
         first = op.subtract(total, self._time.length)
-        rows = op.range(_squeezed(first), _squeezed(total), ints(1), "i64")
+        rows = op.range(squeezed(first), squeezed(total), ints(1), "i64")
         rows = op.unsqueeze(rows, ints([1]))
         causal = op.less_equal(op.unsqueeze(columns, ints([0])), rows)
         itself = op.equal(op.unsqueeze(columns, ints([0])), rows)
@@ -172,7 +180,7 @@ class OpenVinoGraph:
         ids = self._inputs["input_ids"].output(0)
         if self._recurrent:
             ids = self._pad_time(ids, 1)
-        return _named(op.gather(self._matrix(f"{name}.weight"), ids, ints(0)), name)
+        return named(op.gather(self._matrix(f"{name}.weight"), ids, ints(0)), name)
 
     def add(self, x: Handle, y: Handle) -> Handle:
         """Elementwise sum."""
@@ -182,7 +190,7 @@ class OpenVinoGraph:
         """In the form that the CPU plug-in fuses into one node."""
         mean = op.reduce_mean(op.power(x, scalar(2.0)), ints([-1]), True)
         inverse = op.divide(scalar(1.0), op.sqrt(op.add(mean, scalar(self._config.rms_norm_eps))))
-        return _named(op.multiply(self._weight(f"{name}.weight"), op.multiply(x, inverse)), name)
+        return named(op.multiply(self._weight(f"{name}.weight"), op.multiply(x, inverse)), name)
 
     def head_norm(self, x: Handle, name: str) -> Handle:
         """The same on the last axis of `[B, T', heads, d]`."""
@@ -198,10 +206,10 @@ class OpenVinoGraph:
         return self._linear(x, name, self._weight(f"{name}.weight"))
 
     def _linear(self, x: Handle, name: str, weight: Handle) -> Handle:
-        y = _named(op.matmul(x, weight, False, True), name)
+        y = named(op.matmul(x, weight, False, True), name)
         if f"{name}.bias" not in self._weights:
             return y
-        return _named(op.add(y, self._weight(f"{name}.bias")), f"{name}.bias_add")
+        return named(op.add(y, self._weight(f"{name}.bias")), f"{name}.bias_add")
 
     def swiglu(self, gate: Handle, up: Handle) -> Handle:
         """Swish, then product."""
@@ -211,8 +219,8 @@ class OpenVinoGraph:
         """X cos + rotate_half(x) sin on `[B, heads, T', d]`, the form that the plug-in fuses."""
         d = self._config.head_dim
         heads = self._heads(x, d)
-        low = _slice(heads, ints([0]), ints([d // 2]), 3)
-        high = _slice(heads, ints([d // 2]), ints([d]), 3)
+        low = sliced(heads, ints([0]), ints([d // 2]), 3)
+        high = sliced(heads, ints([d // 2]), ints([d]), 3)
         turned = op.concat([op.multiply(high, scalar(-1.0)), low], 3)
         cos, sin = self._rotation
         return self._joined(op.add(op.multiply(heads, cos), op.multiply(turned, sin)).output(0))
@@ -231,7 +239,7 @@ class OpenVinoGraph:
         keys = self._grown(k, f"{name}.key")
         values = self._grown(v, f"{name}.value")
         y = op.scaled_dot_product_attention(q, keys, values, self._visible)
-        joined = self._joined(_named(y, f"model.layers.{layer}.self_attn.attention"))
+        joined = self._joined(named(y, f"model.layers.{layer}.self_attn.attention"))
         return self._pad_time(joined, 1) if self._recurrent else joined
 
     def causal_conv(
@@ -240,14 +248,10 @@ class OpenVinoGraph:
         """One depthwise GroupConvolution over [state, input]."""
         config = self._config
         taps = torch.cat([self._weights.tensor(f"{n}.weight").float() for n in (q_name, k_name)])
-        channels, size = taps.shape
         x = op.multiply(op.concat([q, k], 2), self._recent_mask)
-        past = self._state(f"cache_params.past.conv.{layer}", [channels, size - 1])
-        joined = op.concat([past, op.transpose(x, ints([0, 2, 1]))], 2).output(0)
-        end = op.add(self._time.length, ints([size - 1]))
-        self._assign(_slice(joined, self._time.length, end, 2), f"cache_params.past.conv.{layer}")
+        joined = self._history(x, f"cache_params.past.conv.{layer}", *taps.shape)
         kernel = self._constant(taps[:, None, None].contiguous())
-        y = _named(op.group_convolution(joined, kernel, [1], [0], [0], [1]), q_name)
+        y = named(op.group_convolution(joined, kernel, [1], [0], [0], [1]), q_name)
         y = op.transpose(y, ints([0, 2, 1])).output(0)
         split = op.variadic_split(
             y,
@@ -256,19 +260,25 @@ class OpenVinoGraph:
         )
         return split.output(0), split.output(1)
 
+    def _history(self, x: Handle, name: str, channels: int, size: int) -> Handle:
+        """`x [B, T', C]` after the size - 1 columns of state `name`, `[B, C, size - 1 + T']`."""
+        past = self._state(name, [channels, size - 1])
+        joined = op.concat([past, op.transpose(x, ints([0, 2, 1]))], 2).output(0)
+        end = op.add(self._time.length, ints([size - 1]))
+        self._assign(sliced(joined, self._time.length, end, 2), name)
+        return joined
+
     def feature_map(self, q: Handle, k: Handle, name: str) -> tuple[Handle, Handle]:
         """U and -u from one product with [W, -W], then one softmax over each half."""
         config = self._config
         weight = self._weights.tensor(f"{name}.weight").float()
-        both = torch.cat((weight, -weight), dim=2)
-        per_query = both.repeat_interleave(config.num_heads // config.state_heads, dim=0)
+        per_query = weight.repeat_interleave(config.num_heads // config.state_heads, dim=0)
         queries = self._features(q, per_query, f"{name}.q")
-        return queries, self._features(k, both, f"{name}.k")
+        return queries, self._features(k, weight, f"{name}.k")
 
     def _features(self, x: Handle, weight: torch.Tensor, name: str) -> Handle:
-        u = _named(
-            op.matmul(self._heads(x, weight.shape[1]), self._constant(weight), False, False), name
-        )
+        both = self._constant(torch.cat((weight, -weight), dim=2))
+        u = named(op.matmul(self._heads(x, weight.shape[1]), both, False, False), name)
         halves = op.reshape(u, ints([0, 0, 0, 2, -1]), True)
         positive = op.maximum(op.softmax(halves, 4), scalar(1e-12))
         return op.reshape(positive, ints([0, 0, 0, -1]), True).output(0)
@@ -293,13 +303,40 @@ class OpenVinoGraph:
         self._assign(after, name)
         return y
 
+    def window_attention(self, q: Handle, k: Handle, v: Handle, prefix: str, layer: int) -> Handle:
+        """A band of the history for each chunk, and a linear state of what left it."""
+        config, options = self._config, self._config.lolcats
+        mask, name = self._recent_mask, f"cache_params.past.ssm.{layer}"
+        x = op.concat([op.multiply(op.concat([k, v], 2), mask), mask], 2).output(0)
+        window = f"cache_params.past.conv.{layer}"
+        columns = self._history(x, window, history_channels(config), options.window + 1)
+        history = op.transpose(columns, ints([0, 2, 1])).output(0)
+        gone = self._pad_time(sliced(history, ints([0]), self._time.length, 1), 1)
+        keys = sliced(gone, ints([0]), ints([config.num_kv_heads * config.head_dim]), 2)
+        keys = self.repeat_heads(keys, config.head_dim, config.groups)
+        maps = [self._weights.tensor(f"{prefix}.feature_map_{n}.weight").float() for n in "qk"]
+        values = op.gather(gone, ints(value_channels(config)), ints(2)).output(0)
+        rows = options.features(config.head_dim)
+        linear = LinearPart(
+            phi_q=self._features(q, maps[0], f"{prefix}.feature_map_q"),
+            phi_k=self._features(keys, maps[1], f"{prefix}.feature_map_k"),
+            values=self._heads(values, config.value_columns),
+            past=self._state(name, [config.num_heads, rows, config.value_columns]),
+        )
+        factor = self._weights.tensor(f"{prefix}.window_factor.weight").float()
+        shape = (config.num_kv_heads, config.groups, 1, 1, 1)
+        log_gamma = self._constant(functional.logsigmoid(factor).reshape(shape))
+        y, after = window_attention(q, history, log_gamma, linear, self._bands, config)
+        self._assign(after, name)
+        return y
+
     def logits(self, x: Handle, name: str) -> None:
         """The head over the last position."""
         length = self._time.length
         last = op.slice(x, op.subtract(length, ints([1])), length, ints([1]), ints([1]))
         last.set_friendly_name(LAST_POSITION)
         table = self._matrix(f"{name}.weight")
-        self._logits = _named(op.matmul(last, table, False, True), "lm_head")
+        self._logits = named(op.matmul(last, table, False, True), "lm_head")
 
     def _heads(self, x: Handle, width: int) -> Handle:
         """`[B, T, heads * width]` to `[B, heads, T, width]`."""
@@ -311,7 +348,7 @@ class OpenVinoGraph:
         return op.reshape(op.transpose(x, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
     def _unpadded(self, x: Handle) -> Handle:
-        return _slice(x, ints([0]), self._time.length, 1) if self._recurrent else x
+        return sliced(x, ints([0]), self._time.length, 1) if self._recurrent else x
 
     def _state(self, name: str, shape: Sequence[int]) -> Handle:
         """Variable `name [B, *shape]`, zero at first, reordered by `beam_idx`; -1 grows."""
@@ -336,7 +373,7 @@ class OpenVinoGraph:
         if config.groups == 1:
             return grown.output(0)
         apart = op.unsqueeze(grown, ints([2]))
-        total = _at(op.shape_of(grown), 2)
+        total = at(op.shape_of(grown), 2)
         sizes = [
             self._time.batch,
             ints([config.num_kv_heads, config.groups]),
@@ -345,29 +382,3 @@ class OpenVinoGraph:
         ]
         copies = op.broadcast(apart, op.concat(sizes, 0), broadcast_spec="BIDIRECTIONAL")
         return op.reshape(copies, ints([0, config.num_heads, -1, config.head_dim]), True).output(0)
-
-
-def _parameter(name: str, shape: Sequence[int], kind: ov.Type) -> ov.op.Parameter:
-    parameter = ov.op.Parameter(kind, ov.PartialShape(list(shape)))
-    parameter.set_friendly_name(name)
-    parameter.get_output_tensor(0).set_names({name})
-    return parameter
-
-
-def _named(node: ov.Node, name: str) -> Handle:
-    node.set_friendly_name(name)
-    return node.output(0)
-
-
-def _at(shape: ov.Node, index: int) -> Handle:
-    """One entry of a shape, as `[1]`."""
-    return op.gather(shape, ints([index]), ints(0)).output(0)
-
-
-def _squeezed(x: Handle) -> Handle:
-    return op.squeeze(x, ints([0])).output(0)
-
-
-def _slice(x: Handle, start: Handle, stop: Handle | None, axis: int) -> Handle:
-    end = ints([np.iinfo(np.int64).max]) if stop is None else stop
-    return op.slice(x, start, end, ints([1]), ints([axis])).output(0)

@@ -10,7 +10,7 @@ import torch
 
 from edgekit.export.openvino_file import write_openvino
 from edgekit.export.to_openvino import build_openvino
-from edgekit.models.config import DecoderConfig
+from edgekit.models.config import DecoderConfig, LolcatsConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 from edgekit.testing import scrambled_decoder
@@ -21,6 +21,8 @@ LAYOUTS = {
     "lawcat-q": (("lawcat",) * 3, "q_head"),
     "lawcat-kv": (("lawcat",) * 3, "kv_head"),
     "hybrid": (("softmax", "lawcat", "softmax"), "kv_head"),
+    "lolcats": (("lolcats",) * 3, "q_head"),
+    "three-mixers": (("lolcats", "softmax", "lawcat"), "q_head"),
 }
 BLOCKS = (1, 2, 61, 3, 64, 65, 1, 1, 130, 1)  # below, at, above and across chunks of 64
 MAX_ABS = 1e-4
@@ -148,6 +150,22 @@ def test_ablations(ablation: str, layout: str, tiny_checkpoint: Callable[..., Pa
     for start, end in ((0, 66), (66, 69), (69, 70)):
         logits = call(ids[:, start:end], mask[:, start:end])
         assert np.abs(logits[:, 0] - expected[:, end - 1].numpy()).max() <= MAX_ABS
+
+
+@pytest.mark.parametrize("window", [1, 16, 100])
+def test_windows_of_another_size_and_scale(
+    window: int, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config, weights, _ = model_of(tiny_checkpoint("qwen3"), "lolcats")
+    options = LolcatsConfig(window=window, common_scale=False)
+    config = config.with_mixers(config.mixers, lolcats=options)
+    ids = torch.randint(0, config.vocab_size, (1, 150))
+    with torch.inference_mode():
+        expected, _ = Decoder.from_store(config, weights)(ids, form="parallel")
+    call = Caller(build_openvino(config, weights), 1)
+    for start, end in ((0, 140), (140, 149), (149, 150)):
+        logits = call(ids[:, start:end])
+        assert np.abs(logits[0, 0] - expected[0, end - 1].numpy()).max() <= MAX_ABS
 
 
 @pytest.mark.parametrize("weights_format", ["fp32", "fp16", "int8", "int4"])
