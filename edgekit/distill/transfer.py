@@ -154,7 +154,9 @@ class TransferStage:
     ) -> None:
         """Run the teacher up to the last layer that is learned; show each one's input and heads."""
         time = batch.ids.shape[1]
-        context = step_context(self._teacher.config, time, time, batch.mask, "chunked")
+        context = step_context(
+            self._teacher.config, time, time, batch.mask, "chunked", batch.ids.device
+        )
         with torch.no_grad(), self._autocast():
             x = self._teacher.model.embed_tokens(batch.ids)
         for i in range(self._layers[-1] + 1):

@@ -135,7 +135,7 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, list[State]]:
         """What the head reads, `[B, T, D]` after the last norm; arguments of `forward`."""
         total = ids.shape[1] + _position(state) if mask is None else mask.shape[1]
-        context = step_context(self.config, ids.shape[1], total, mask, form)
+        context = step_context(self.config, ids.shape[1], total, mask, form, ids.device)
         x = self.model.embed_tokens(ids)
         after = []
         for i, layer in enumerate(self.layers):
@@ -149,7 +149,12 @@ def _position(state: list[State] | None) -> int:
 
 
 def step_context(
-    config: DecoderConfig, time: int, total: int, mask: torch.Tensor | None, form: Form
+    config: DecoderConfig,
+    time: int,
+    total: int,
+    mask: torch.Tensor | None,
+    form: Form,
+    device: torch.device | None = None,
 ) -> MixerContext:
     """What the layers share while they read `time` tokens, the last of `total` so far.
 
@@ -159,8 +164,10 @@ def step_context(
         total: tokens so far, S >= T.
         mask: 1 for tokens, 0 for padding, `[B, S]`; None: no padding.
         form: which form a recurrent mixer computes.
+        device: where the tokens are; None: the CPU, or where the mask is.
     """
-    steps = torch.arange(total)[None] if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
+    every = torch.arange(total, device=device)[None]
+    steps = every if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
     cos, sin = rope_tables(config.rope, config.head_dim, steps[:, total - time :])
     rotate: Callable[[torch.Tensor], torch.Tensor] = lambda x: apply_rope(x, cos, sin)  # noqa: E731
     recent = None if mask is None else mask[:, total - time :]
@@ -188,7 +195,7 @@ def streamed_logits(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Logits `[B, T, V]` of `ids [B, T]`, computed in `dtype`, one layer's weights at a time."""
-    context = step_context(config, ids.shape[1], ids.shape[1], None, form)
+    context = step_context(config, ids.shape[1], ids.shape[1], None, form, ids.device)
     table = store.tensor("model.embed_tokens.weight")
     x = functional.embedding(ids, table).to(dtype)
     for i in range(config.num_layers):

@@ -43,7 +43,7 @@ def rope_tables(
     rope: RopeConfig, head_dim: int, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for integer positions `[...]`: two fp32 tensors `[..., head_dim / 2]`."""
-    angles = positions.float()[..., None] * inverse_frequencies(rope, head_dim)
+    angles = positions.float()[..., None] * inverse_frequencies(rope, head_dim).to(positions.device)
     return angles.cos(), angles.sin()
 
 
