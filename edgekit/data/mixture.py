@@ -22,7 +22,7 @@ from edgekit.data.tokens import ChatLoss, Tokens, completion, tokenise
 from edgekit.errors import UsageError
 from edgekit.runtime.text import Tokenizer
 
-__all__ = ["DataFile", "Mixture", "NeedleShare", "open_data"]
+__all__ = ["Corpus", "DataFile", "Mixture", "NeedleShare", "open_data", "read_corpus"]
 
 Progress = Callable[[str, int, int], None]
 BLOCK = 1000  # rows; each block of so many holds the same number of needles
@@ -83,38 +83,58 @@ class DataFile:
     tokens: int
 
 
-def open_data(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Tokenised files, to be mixed once or, for several stages of training, more often.
+
+    Attributes:
+        files: where the tokens come from.
+        documents: texts and conversations.
+        tokenizer: of the model.
+        eos: the id that ends a text.
+    """
+
+    files: tuple[DataFile, ...]
+    documents: tuple[Tokens, ...]
+    tokenizer: Tokenizer
+    eos: int
+
+    def mix(self, *, length: int, seed: int, needles: NeedleShare | None = None) -> "Mixture":
+        """Rows of these documents and of needles.
+
+        Args:
+            length: tokens of a row.
+            seed: of the order of documents and rows, and of needles; 0 or more.
+            needles: synthetic retrieval among the rows.
+
+        Raises:
+            UsageError: for an argument outside its range, needles longer than a row, or no text
+                where not all rows are needles.
+        """
+        return Mixture(self, length=length, seed=seed, needles=needles)
+
+
+def read_corpus(
     files: Sequence[str | Path],
     tokenizer: Tokenizer,
     *,
-    length: int,
-    seed: int,
     eos: int,
     chat_loss: ChatLoss = "assistant",
-    needles: NeedleShare | None = None,
     progress: Progress | None = None,
-) -> "Mixture":
+) -> Corpus:
     """Read and tokenise `files`.
 
     Args:
-        files: `.txt`, `.md`, `.rst`, `.jsonl` or `datasets:ID[:SPLIT]`; none, if all rows are
+        files: `.txt`, `.md`, `.rst`, `.jsonl` or `datasets:ID[:SPLIT]`; none, if all rows are to be
             needles. See `edgekit.data.documents.read_documents`.
         tokenizer: of the model; with a chat template if there are conversations.
-        length: tokens of a row.
-        seed: of the order of documents and rows, and of needles; 0 or more.
         eos: the id that ends a text.
         chat_loss: `assistant` learns from the assistant's turns only, `all` from every token.
-        needles: synthetic retrieval among the rows.
         progress: told name, number and count of each file before it is read.
 
     Raises:
-        UsageError: for an argument outside its range, or a file that is missing, empty, binary or
-            malformed, naming file and line.
+        UsageError: for a file that is missing, empty, binary or malformed, naming file and line.
     """
-    if length < 1:
-        raise UsageError(f"length {length} given; allowed: 1 or more")
-    if seed < 0:
-        raise UsageError(f"seed {seed} given; allowed: 0 or more")
     records: list[DataFile] = []
     documents: list[Tokens] = []
     convert = functools.partial(tokenise, tokenizer=tokenizer, eos=eos, chat_loss=chat_loss)
@@ -133,47 +153,52 @@ def open_data(
                     tokens=sum(len(document.ids) for document in found),
                 )
             )
-    stream = Stream(documents, length=length, seed=seed)
-    return Mixture(
-        stream, tokenizer, tuple(records), length=length, seed=seed, eos=eos, needles=needles
-    )
+    return Corpus(files=tuple(records), documents=tuple(documents), tokenizer=tokenizer, eos=eos)
+
+
+def open_data(
+    files: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    seed: int,
+    eos: int,
+    chat_loss: ChatLoss = "assistant",
+    needles: NeedleShare | None = None,
+    progress: Progress | None = None,
+) -> "Mixture":
+    """`read_corpus` and `Corpus.mix` in one; arguments and errors are theirs."""
+    corpus = read_corpus(files, tokenizer, eos=eos, chat_loss=chat_loss, progress=progress)
+    return corpus.mix(length=length, seed=seed, needles=needles)
 
 
 class Mixture:
-    """An endless stream of rows; `open_data` makes it.
+    """An endless stream of rows; `open_data` or `Corpus.mix` makes it.
 
     Attributes:
         files: where the tokens come from.
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        tokenizer: Tokenizer,
-        files: tuple[DataFile, ...],
-        *,
-        length: int,
-        seed: int,
-        eos: int,
-        needles: NeedleShare | None,
+        self, corpus: Corpus, *, length: int, seed: int, needles: NeedleShare | None
     ) -> None:
-        """Mix the rows of `stream` with needles.
-
-        Raises:
-            UsageError: if there is nothing but needles and they are not all that is asked for, or a
-                needle is longer than a row.
-        """
+        """See `Corpus.mix`."""
+        if length < 1:
+            raise UsageError(f"length {length} given; allowed: 1 or more")
+        if seed < 0:
+            raise UsageError(f"seed {seed} given; allowed: 0 or more")
         share = NeedleShare(share=0.0) if needles is None else needles
         if share.per_block and max(share.lengths) > length:
             raise UsageError(
                 f"needles of {max(share.lengths)} tokens given for rows of {length}; "
                 f"allowed: lengths up to {length}"
             )
-        if not stream.rows and share.per_block < BLOCK:
+        self._stream = Stream(corpus.documents, length=length, seed=seed)
+        if not self._stream.rows and share.per_block < BLOCK:
             raise UsageError("no text to train on; give --data FILE, or needles as all the rows")
-        self.files = files
-        self._stream, self._tokenizer, self._share = stream, tokenizer, share
-        self._length, self._seed, self._eos = length, seed, eos
+        self.files = corpus.files
+        self._tokenizer, self._eos = corpus.tokenizer, corpus.eos
+        self._share, self._length, self._seed = share, length, seed
 
     @property
     def rows(self) -> int:

@@ -1,12 +1,13 @@
 import collections
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgekit.config import dump
-from edgekit.data import IGNORE, Mixture, NeedleShare, open_data
+from edgekit.data import IGNORE, Batch, Mixture, NeedleShare, open_data, read_corpus
 from edgekit.errors import UsageError
 from edgekit.runtime.text import Tokenizer
 
@@ -28,11 +29,13 @@ def files(tmp_path: Path) -> list[Path]:
     return [texts, chats]
 
 
-def mixed(files: list[Path], tokenizer: Tokenizer, *, length: int = LENGTH, **options) -> Mixture:
+def mixed(
+    files: list[Path], tokenizer: Tokenizer, *, length: int = LENGTH, **options: Any
+) -> Mixture:
     return open_data(files, tokenizer, **{"length": length, "seed": 7, "eos": EOS, **options})
 
 
-def same(a, b) -> bool:
+def same(a: Batch, b: Batch) -> bool:
     masks = [np.ones(x.ids.shape, bool) if x.mask is None else x.mask for x in (a, b)]
     return (
         np.array_equal(a.ids, b.ids)
@@ -41,7 +44,7 @@ def same(a, b) -> bool:
     )
 
 
-def counted(batch) -> collections.Counter[int]:
+def counted(batch: Batch) -> collections.Counter[int]:
     ids = batch.ids if batch.mask is None else batch.ids[batch.mask]
     return collections.Counter(ids.ravel().tolist())
 
@@ -145,6 +148,15 @@ def test_needles_teach_their_answer(tiny: Tokenizer) -> None:
         assert text.count(answer.removesuffix("<|im_end|>")) >= 2  # in the needle and at the end
     lengths = batch.mask.sum(axis=1)
     assert set(lengths > 400) == {False, True}
+
+
+def test_a_corpus_is_read_once_for_several_stages(files: list[Path], tiny: Tokenizer) -> None:
+    corpus = read_corpus(files, tiny, eos=EOS)
+    for length, seed, needles in ((16, 1, None), (512, 2, NEEDLES)):
+        stage = corpus.mix(length=length, seed=seed, needles=needles)
+        alone = mixed(files, tiny, length=length, seed=seed, needles=needles)
+        assert stage.files == alone.files
+        assert same(stage.batch(3, 5), alone.batch(3, 5))
 
 
 def test_files_are_recorded(files: list[Path], tiny: Tokenizer) -> None:
