@@ -81,6 +81,9 @@ def _add_needle_arguments(group: "argparse._ArgumentGroup") -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
+    for path in (args.output, args.plot):  # before hours of measuring
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
     if args.task in NEEDLES:
         row, table = _retrieval(args)
     else:
@@ -141,7 +144,7 @@ def _retrieval(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     haystack = None if args.haystack is None else read_text(args.haystack)
     if args.plot is not None:
-        with extra("train"):  # before hours of measuring
+        with extra("train"):
             from edgekit.eval.heatmap import draw_heatmap
     with Progress() as progress:
         result = retrieval(

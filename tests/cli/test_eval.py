@@ -77,6 +77,8 @@ def test_agreement_of_a_bundle_with_its_source(
         (("--task", "passkey", "--lengths", "100"), "length 100 given for passkey"),
         (("--task", "passkey", "--lengths", "0"), "lengths 0 given; allowed: 1 or more"),
         (("--task", "passkey", "--base", "x"), "base x given for"),
+        (("--task", "passkey", "-o", "nowhere/x.json"), "there is no folder nowhere; make it"),
+        (("--task", "passkey", "--plot", "nowhere/x.png"), "there is no folder nowhere; make it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
