@@ -32,6 +32,7 @@ __all__ = [
     "check_files",
     "describe_files",
     "read_manifest",
+    "refuse_existing",
     "remove_abandoned",
     "staged",
     "workspace",
@@ -233,14 +234,14 @@ def staged(
     with contextlib.ExitStack() as undo:
         try:
             _recover(final)
-            _refuse_existing(final, force, kind)
+            refuse_existing(final, force, kind)
             undo.callback(_remove_empty, _missing(final.parent))
             final.parent.mkdir(parents=True, exist_ok=True)
             work = undo.enter_context(workspace(final))
             yield work
             work.chmod(0o755)
             _flush(work)
-            _refuse_existing(final, force, kind)
+            refuse_existing(final, force, kind)
             _swap(work, final)
         except OSError as cause:
             raise BundleError(
@@ -305,7 +306,12 @@ def _remove_empty(directories: list[Path]) -> None:
             path.rmdir()
 
 
-def _refuse_existing(out: Path, force: bool, kind: str) -> None:
+def refuse_existing(out: Path, force: bool, kind: str) -> None:
+    """Fail early where `staged` would fail at the end of long work.
+
+    Raises:
+        BundleError: if `out` exists and may not be replaced.
+    """
     if not os.path.lexists(out):
         return
     if out.is_mount():

@@ -22,6 +22,7 @@ from edgekit.models.decoder import Decoder, with_fresh_mixers
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 
 __all__ = [
+    "SENTENCES",
     "TINY_FAMILIES",
     "TOLERANCE",
     "assert_close",

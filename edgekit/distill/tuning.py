@@ -15,6 +15,7 @@ from edgekit.artefacts.lowrank import LowRank
 from edgekit.distill.recipe import PROJECTIONS, Tuning
 from edgekit.distill.stage import Group, TorchBatch
 from edgekit.distill.transfer import new_parameters
+from edgekit.errors import UsageError
 from edgekit.kernels.kl_loss.chunked import vocabulary_loss
 from edgekit.kernels.kl_loss.reference import IGNORE
 from edgekit.models.decoder import Decoder, step_context
@@ -127,7 +128,9 @@ class TuningStage:
         """The first layer whose output is not finite, else whose gradient is not."""
         del losses
         time = batch.ids.shape[1]
-        context = step_context(self._student.config, time, time, batch.mask, "chunked")
+        context = step_context(
+            self._student.config, time, time, batch.mask, "chunked", batch.ids.device
+        )
         with self._autocast():
             x = self._student.model.embed_tokens(batch.ids)
             for i, layer in enumerate(self._student.layers):
@@ -162,6 +165,9 @@ def inject_pairs(student: Decoder, config: Tuning, given: dict[str, LowRank], se
         given: pairs of an earlier student by linear (`model.layers.0.self_attn.q_proj`), to go on
             from; a pair of smaller rank fills the first rows.
         seed: of the fresh A.
+
+    Raises:
+        UsageError: if a given pair has no place or a larger rank.
     """
     import peft
 
@@ -177,6 +183,10 @@ def inject_pairs(student: Decoder, config: Tuning, given: dict[str, LowRank], se
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, student)
     for name, pair in given.items():
+        if name.rpartition(".")[2] not in config.targets:
+            raise UsageError(f"the earlier student tunes {name}; allowed: the recipe's targets")
+        if pair.rank > config.rank:
+            raise UsageError(f"the earlier student has rank {pair.rank}; give tuning.rank as much")
         _fill(student.get_submodule(name), pair)
 
 
@@ -194,10 +204,9 @@ def pairs(student: Decoder) -> dict[str, LowRank]:
 def _fill(module: nn.Module, pair: LowRank) -> None:
     """Start the LoRA of `module` from `pair`."""
     layer = cast("peft.tuners.lora.Linear", module)  # type: ignore[name-defined]  # noqa: F821
-    rank = pair.a.shape[0]
     with torch.no_grad():
-        layer.lora_A[ADAPTER].weight[:rank] = pair.a
-        layer.lora_B[ADAPTER].weight[:, :rank] = pair.b / layer.scaling[ADAPTER]
+        layer.lora_A[ADAPTER].weight[: pair.rank] = pair.a
+        layer.lora_B[ADAPTER].weight[:, : pair.rank] = pair.b / layer.scaling[ADAPTER]
 
 
 def _parent(linear: str) -> str:

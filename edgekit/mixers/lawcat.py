@@ -120,7 +120,7 @@ class Mixer(TokenMixer):
             "feature_map.weight": torch.eye(d, config.feature_dim).repeat(states, 1, 1),
             "gate_down.weight": down,
             "gate_up.weight": up,
-            "gate_up.bias": torch.full((width,), float(options.gate_bias_init)),
+            "gate_up.bias": _gate_bias(config).repeat(config.num_kv_heads),
         }
 
     @staticmethod
@@ -149,6 +149,15 @@ class _Taps(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
+
+
+def _gate_bias(config: MixerConfig) -> torch.Tensor:
+    """Initial biases of one head's rows: each half of the features covers every time scale."""
+    options = config.lawcat
+    reach = options.gate_bias_span / 2
+    low, high = options.gate_bias_init - reach, options.gate_bias_init + reach
+    half = torch.linspace(low, high, config.feature_dim)
+    return torch.cat((half, half.flip(0)))
 
 
 def _identity_taps(channels: int, size: int) -> torch.Tensor:

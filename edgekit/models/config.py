@@ -41,6 +41,8 @@ class LawcatConfig:
         gate_floor: g is never below this, so that a chunk's cumulative decay stays inside fp32 and
             one mid-chunk anchor suffices; -2.5 is reached at a gate logit of -40.
         gate_bias_init: 0 is the paper's (half-life 16 tokens); 4 gives 611 tokens.
+        gate_bias_span: the rows of a state start evenly spread over `gate_bias_init` plus or minus
+            half of this, so that each head remembers at many time scales; 0 is the paper's.
         position: `none`, or `rope` to rotate q and k before the convolution.
         eps: added to the denominator.
         conv: False leaves the convolution on q and k out: an ablation.
@@ -55,6 +57,7 @@ class LawcatConfig:
     gate_divisor: float = 16.0
     gate_floor: float = -2.5
     gate_bias_init: float = 0.0
+    gate_bias_span: float = 0.0
     position: Literal["none", "rope"] = "none"
     eps: float = 1e-6
     conv: bool = True
