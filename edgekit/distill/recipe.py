@@ -206,4 +206,6 @@ def _shipped(name: str) -> str:
 def _set(table: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{'.'.join(keys)} given; {key} is a value, not a table")
     table[keys[-1]] = value

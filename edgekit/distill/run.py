@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -84,6 +85,7 @@ def distill(
         BundleError: if `out` exists or cannot be written.
         TrainingError: if a loss is not finite, or the run may not be resumed.
     """
+    started = time.monotonic()
     choice = settings or Settings()
     processes = Processes(choose_precision(choice.precision, cpu=choice.cpu), cpu=choice.cpu)
     final = Path(os.path.realpath(out))
@@ -97,7 +99,7 @@ def distill(
         saved = checkpoint.latest(folder) if resume else None
         if saved:
             refuse_changes(saved, work.fingerprint)
-        run = _run(work, folder, choice, saved, progress)
+        run = _run(work, folder, choice, saved, started, progress)
         finished = _stages(work, run, saved)
         records = tuple(StageRecord(**record) for record in run.history)
         metrics = last_evaluation(folder)
@@ -136,6 +138,7 @@ def _run(
     folder: Path,
     choice: Settings,
     saved: checkpoint.Checkpoint | None,
+    started: float,
     progress: Progress | None,
 ) -> Run:
     """What the stages share."""
@@ -150,6 +153,7 @@ def _run(
         evaluate_tokens=choice.evaluate_tokens,
         progress=progress,
         history=list(saved.history) if saved else [],
+        started=started,
     )
 
 
@@ -191,7 +195,8 @@ def _write(
     with staged(final, force=force, kind="student") as directory:
         write_student(directory, manifest, work.tensors(), dtype=choice.dtype)
         shutil.copyfile(folder / FILE, directory / FILE)
-        draw_losses(read_metrics(folder), directory / "loss.png")
+        with contextlib.suppress(ModuleNotFoundError):  # without matplotlib there is no curve
+            draw_losses(read_metrics(folder), directory / "loss.png")
     shutil.rmtree(folder)
 
 
