@@ -22,8 +22,9 @@ from torch import nn
 from torch.nn import functional
 
 from edgekit.kernels.conv.reference import causal_conv, feature_map
-from edgekit.kernels.gla.reference import chunked_gla, parallel_gla, recurrent_gla
-from edgekit.kernels.precision import widened
+from edgekit.kernels.gla.chunked import chunked_gla
+from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
+from edgekit.kernels.precision import full_precision, widened
 from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer
 from edgekit.mixers.graph import Graph
 
@@ -62,9 +63,10 @@ class Mixer(TokenMixer):
             valid = context.mask[..., None, None].to(k.dtype)
             k, g = k * valid, g * valid
         entering = None if state is None else state["ssm"]
-        y, after["ssm"] = FORMS[context.form](
-            q, k, widened(v), g, entering, eps=options.eps, normalise=options.normaliser
-        )
+        with full_precision(x):
+            y, after["ssm"] = FORMS[context.form](
+                q, k, widened(v), g, entering, eps=options.eps, normalise=options.normaliser
+            )
         return y.flatten(2).to(x.dtype), after
 
     def _projected(

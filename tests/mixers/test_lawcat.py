@@ -12,12 +12,14 @@ import torch
 from torch.nn import functional
 
 from edgekit.kernels.conv.reference import feature_map
-from edgekit.kernels.gla.reference import chunked_gla, parallel_gla, recurrent_gla
+from edgekit.kernels.gla import chunked, reference
+from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
 from edgekit.mixers.base import MixerContext, State
 from edgekit.mixers.lawcat import Mixer
 from edgekit.models.config import DecoderConfig, LawcatConfig
 from edgekit.testing import TOLERANCE, assert_close
 
+CHUNKED = {"plain": reference.chunked_gla, "by-hand": chunked.chunked_gla}
 FORMS = ("parallel", "chunked", "recurrent")
 GATE_LOGITS = {"typical": None, "zero": 0.0, "minus-30": -30.0, "floor": -100.0, "open": 30.0}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -62,11 +64,10 @@ def gla_inputs(
 def test_forms_agree(gate: str, time: int) -> None:
     inputs = gla_inputs(GATE_LOGITS[gate], time=time)
     expected, expected_state = recurrent_gla(**inputs)
-    results = {
-        "parallel": parallel_gla(**inputs),
-        "chunks of 64": chunked_gla(**inputs),
-        "chunks of 16": chunked_gla(**inputs, chunk=16),
-    }
+    results = {"parallel": parallel_gla(**inputs)}
+    for name, form in CHUNKED.items():
+        results[f"{name}, chunks of 64"] = form(**inputs)
+        results[f"{name}, chunks of 16"] = form(**inputs, chunk=16)
     for name, (output, state) in results.items():
         assert_close(f"{name}: output", expected, output, ratio=1e-5)
         assert_close(f"{name}: state", expected_state, state, ratio=1e-5)
@@ -76,46 +77,92 @@ def test_forms_agree(gate: str, time: int) -> None:
 def test_forms_agree_exactly_in_double(gate: str) -> None:
     inputs = gla_inputs(GATE_LOGITS[gate], time=70, dtype=torch.float64)
     expected, _ = recurrent_gla(**inputs)
-    for form in (parallel_gla, chunked_gla):
+    for form in (parallel_gla, *CHUNKED.values()):
         assert_close(form.__name__, expected, form(**inputs)[0], ratio=TOLERANCE["float64"])
 
 
 def test_outputs_are_weighted_means_of_values() -> None:
     inputs = gla_inputs(None, time=40)
     del inputs["state"]
-    output, _ = chunked_gla(**inputs, eps=1e-12)  # sharp features: q.k may be below the usual eps
+    output, _ = chunked.chunked_gla(
+        **inputs, eps=1e-12
+    )  # sharp features: q.k may be below the usual eps
     first = inputs["v"][:, 0].repeat_interleave(3, dim=1)
     assert_close("first output", first, output[:, 0], ratio=TOLERANCE["float32"])
-    constant, _ = chunked_gla(**{**inputs, "v": torch.full_like(inputs["v"], 2.5)}, eps=1e-12)
+    inputs["v"] = torch.full_like(inputs["v"], 2.5)
+    constant, _ = chunked.chunked_gla(**inputs, eps=1e-12)
     assert_close("constant", torch.full_like(constant, 2.5), constant, ratio=1e-5)
 
 
-def gradients(form: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def gradients(
+    form: Callable[..., Any], inputs: dict[str, torch.Tensor], **options: Any
+) -> list[torch.Tensor]:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    output, state = form(**leaves)
+    output, state = form(**leaves, **options)
     weights = torch.linspace(0, 1, output.numel(), dtype=output.dtype).view_as(output)
     ((output * weights).sum() + state.square().sum()).backward()
     return [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
 
 
+@pytest.mark.parametrize("form", CHUNKED)
+@pytest.mark.parametrize("normalise", [True, False], ids=["normalised", "scaled"])
 @pytest.mark.parametrize("gate", GATE_LOGITS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-def test_gradients_agree(gate: str, dtype: torch.dtype) -> None:
+def test_gradients_agree(gate: str, dtype: torch.dtype, normalise: bool, form: str) -> None:
     inputs = gla_inputs(GATE_LOGITS[gate], time=70, dtype=dtype)
-    expected, actual = gradients(parallel_gla, inputs), gradients(chunked_gla, inputs)
+    expected = gradients(parallel_gla, inputs, normalise=normalise)
+    actual = gradients(CHUNKED[form], inputs, normalise=normalise)
     ratio = 1e-10 if dtype == torch.float64 else 1e-4
     assert len(expected) == len(inputs)
-    for name, reference, ours in zip(inputs, expected, actual, strict=True):
-        assert_close(f"gradient of {name}", reference, ours, ratio=ratio)
+    for name, right, ours in zip(inputs, expected, actual, strict=True):
+        assert_close(f"gradient of {name}", right, ours, ratio=ratio)
 
 
-def test_gradcheck_of_the_chunked_form() -> None:
+@pytest.mark.parametrize("form", CHUNKED)
+@pytest.mark.parametrize("normalise", [True, False], ids=["normalised", "scaled"])
+def test_gradcheck_of_the_chunked_forms(form: str, normalise: bool) -> None:
     shapes = {"q": (1, 5, 4, 3), "k": (1, 5, 2, 3), "v": (1, 5, 2, 2), "g": (1, 5, 2, 3)}
     inputs = [torch.rand(shape, dtype=torch.float64) + 0.1 for shape in shapes.values()]
     inputs[3] = -inputs[3]
     inputs.append(torch.rand(1, 2, 3, 3, dtype=torch.float64) + 0.1)
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    assert torch.autograd.gradcheck(lambda *x: chunked_gla(*x, chunk=2), leaves)
+    options = {"normalise": normalise, "chunk": 2}
+    assert torch.autograd.gradcheck(lambda *x: CHUNKED[form](*x, **options), leaves)
+
+
+def test_the_form_by_hand_keeps_no_pairwise_weights() -> None:
+    leaves = {name: x.requires_grad_() for name, x in gla_inputs(None, time=256).items()}
+    kept: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunked.chunked_gla(**leaves)
+    assert kept
+    assert not [shape for shape in kept if 64 in shape[-1:]]  # C, while F = 16 and V = 9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_does_not_narrow_the_recurrence(form: str) -> None:
+    mixer = make_mixer("q_head").requires_grad_()
+    x = torch.randn(2, 70, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = mixer(x, context(form))
+        output.square().mean().backward()
+    assert state["ssm"].dtype == torch.float32
+    assert_close("output", mixer(x, context(form))[0], output, ratio=TOLERANCE["bfloat16"])
+    assert all(weight.grad is not None for weight in mixer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_the_form_by_hand_is_the_same_under_autocast(dtype: torch.dtype) -> None:
+    inputs = gla_inputs(None, time=70, dtype=dtype)
+    expected = gradients(chunked.chunked_gla, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gradients(chunked.chunked_gla, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 def make_mixer(sharing: str, **layout: Any) -> Mixer:
