@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from edgekit.config import dump
-from edgekit.data import Mixture, NeedleShare, open_data
+from edgekit.data import Mixture, NeedleShare, read_corpus
 from edgekit.distill import recipe
 from edgekit.distill.build import student_config, student_over
 from edgekit.distill.heldout import perplexity
@@ -167,6 +167,13 @@ def _mixtures(
         raise UsageError("transfer.tokens and tuning.tokens are both 0: nothing to do")
     if not source.config.eos_token_ids:
         raise UsageError(f"{source.name} has no end-of-text token, which parts the documents")
+    corpus = read_corpus(
+        data,
+        tokenizer,
+        eos=source.config.eos_token_ids[0],
+        chat_loss=plan.chat_loss,
+        progress=progress,
+    )
     mixtures = {}
     for number, stage in stages.items():
         if stage.steps:
@@ -176,15 +183,10 @@ def _mixtures(
                 lengths=stage.needles.lengths,
                 essay=essay,
             )
-            mixtures[number] = open_data(
-                data,
-                tokenizer,
+            mixtures[number] = corpus.mix(
                 length=stage.length,
                 seed=plan.seed + number,  # stage 2 reads in another order
-                eos=source.config.eos_token_ids[0],
-                chat_loss=plan.chat_loss,
                 needles=share if stage.needles.share else None,
-                progress=progress,
             )
     return mixtures
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgekit.errors import SourceError
 from edgekit.sources.base import Source, sha256_of
 
-__all__ = ["BUILT_IN", "open_built_in"]
+__all__ = ["BUILT_IN", "locate_built_in", "open_built_in"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ def open_built_in(key: str) -> Source:
     from edgekit.sources.gguf import open_gguf
 
     model = BUILT_IN[key]
-    path = _locate(key, model)
+    path = locate_built_in(key)
     digest = sha256_of([path])
     if digest != model.sha256:
         raise SourceError(
@@ -51,7 +51,13 @@ def open_built_in(key: str) -> Source:
     return open_gguf(path, name=model.name, kind="built-in", sha256=digest)
 
 
-def _locate(key: str, model: Packaged) -> Path:
+def locate_built_in(key: str) -> Path:
+    """The file of the built-in model `key`, one of `BUILT_IN`, as it is installed.
+
+    Raises:
+        SourceError: if its package is not installed.
+    """
+    model = BUILT_IN[key]
     # The package itself is never imported: it wants dependencies that only its file's users lack.
     spec = importlib.util.find_spec(model.package)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
