@@ -7,8 +7,8 @@ w[:, K-1] multiplies the current token; phi works per head, its softmax over the
 """
 
 import torch
-from torch.nn import functional
 
+from edgekit.kernels.conv.shifted import shifted_sum
 from edgekit.kernels.precision import widened
 
 __all__ = ["causal_conv", "feature_map", "positive_features"]
@@ -34,23 +34,22 @@ def causal_conv(
     Returns:
         Outputs `[B, T, C]` and the last K - 1 valid inputs `[B, C, K - 1]`.
     """
-    taps = weight.shape[1]
-    history = x.new_zeros(x.shape[0], x.shape[2], taps - 1) if tail is None else tail
+    before = weight.shape[1] - 1
+    history = x.new_zeros(x.shape[0], before, x.shape[2]) if tail is None else tail.mT
     inputs = x if mask is None else x * mask[..., None].to(x.dtype)
-    padded = torch.cat((history, inputs.transpose(1, 2)), dim=2)
-    y = functional.conv1d(padded, weight[:, None], groups=weight.shape[0])
-    return y.transpose(1, 2), _last_valid(padded, mask, taps - 1)
+    padded = torch.cat((history, inputs), dim=1)
+    return shifted_sum(padded, weight), _last_valid(padded, mask, before)
 
 
 def _last_valid(padded: torch.Tensor, mask: torch.Tensor | None, count: int) -> torch.Tensor:
-    """The `count` columns that end at each row's last valid one."""
-    width = padded.shape[2]
+    """The `count` steps that end at each row's last valid one, `[B, C, count]`."""
     if mask is None:
-        return padded[:, :, width - count :].clone()  # a view would keep the whole input alive
+        recent = padded[:, padded.shape[1] - count :].mT
+        return recent.clone(memory_format=torch.contiguous_format)  # a view keeps all of it alive
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    end = (mask.to(torch.int64) * steps).amax(dim=1)  # columns of the input up to the last token
-    columns = end[:, None] + torch.arange(count, device=mask.device)
-    return padded.gather(2, columns[:, None].expand(-1, padded.shape[1], -1))
+    end = (mask.to(torch.int64) * steps).amax(dim=1)  # steps of the input up to the last token
+    rows = end[:, None] + torch.arange(count, device=mask.device)
+    return padded.gather(1, rows[..., None].expand(-1, -1, padded.shape[2])).mT.contiguous()
 
 
 def feature_map(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

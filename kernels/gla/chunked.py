@@ -97,7 +97,7 @@ class _ChunkedGla(torch.autograd.Function):
 
 def _gradients(
     ctx: Any, by_output: torch.Tensor, by_after: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, ...]:
     """Gradients of q, k, v, g and the state."""
     q, k, v, grow, to_middle, from_middle, entering, output = ctx.saved_tensors
     batch, time, heads, _ = by_output.shape
@@ -113,8 +113,10 @@ def _gradients(
     by_added = leaving[:, :, 1:] * from_middle
     dk = by_weights.mT @ q
     dk += v @ by_added.mT
-    dv = _weights(q, k).mT @ dn
-    dv += k @ by_added
+    dv = None
+    if ctx.needs_input_grad[2]:  # frozen values, as in the first stage of training, need none
+        dv = _weights(q, k).mT @ dn
+        dv += k @ by_added
     by_rows = (q * dq).unflatten(3, (-1, ctx.chunk)).sum(dim=3) - k * dk
     carry = (entering[:, :, 1:] * leaving[:, :, 1:]).sum(dim=-1)
     dg = _reverse_cumulative(by_rows) + carry[..., None, :]
@@ -123,7 +125,7 @@ def _gradients(
     return (
         _joined(dq.flatten(3, 4), ctx.chunk, (batch, time, heads)),
         _joined(dk / grow, ctx.chunk, shape),
-        _joined(dv[..., :-1], ctx.chunk, shape),
+        None if dv is None else _joined(dv[..., :-1], ctx.chunk, shape),
         _joined(dg, ctx.chunk, shape),
         leaving[:, :, 0],
     )
