@@ -12,8 +12,8 @@ import torch
 
 from edgekit.distill.recipe import Transfer
 from edgekit.distill.stage import Group, TorchBatch
-from edgekit.mixers.base import MixerContext
-from edgekit.models.decoder import Decoder, DecoderLayer, step_context
+from edgekit.distill.teaching import View, show_layers, squared_errors
+from edgekit.models.decoder import Decoder
 
 __all__ = ["TransferStage"]
 
@@ -22,7 +22,11 @@ PAPER_FACTOR = 1000.0
 
 
 class TransferStage:
-    """Attention-output transfer; see `distill.stage.Stage` for what the loop asks of it."""
+    """Attention-output transfer; see `distill.stage.Stage` for what the loop asks of it.
+
+    Attributes:
+        layers: that are learned, rising.
+    """
 
     number, name = 1, "transfer"
 
@@ -43,18 +47,18 @@ class TransferStage:
         """
         self._teacher, self._student, self._config = teacher, student, config
         self._autocast = autocast
-        self._layers = [i for i, m in enumerate(student.config.mixers) if m != "softmax"]
-        self._new = {i: new_parameters(student, i) for i in self._layers}
+        self.layers = [i for i, m in enumerate(student.config.mixers) if m != "softmax"]
+        self._new = {i: new_parameters(student, i) for i in self.layers}
         student.requires_grad_(False)
         for parameters in self._new.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-        self._variance = torch.zeros(len(self._layers))
+        self._variance = torch.zeros(len(self.layers))
 
     @property
     def parts(self) -> list[str]:
         """What the losses of `accumulate` belong to: the layers."""
-        return [f"layer {i}" for i in self._layers]
+        return [f"layer {i}" for i in self.layers]
 
     def groups(self) -> list[Group]:
         """The gates, which spike at the rate of the rest, and everything else."""
@@ -83,12 +87,11 @@ class TransferStage:
         """Measure the variance of the teacher's heads in each layer on `batch`."""
         variances: list[torch.Tensor] = []
 
-        def measure(layer: int, inputs: torch.Tensor, heads: torch.Tensor, _: MixerContext) -> None:
-            del layer, inputs
-            valid = heads if batch.mask is None else heads[batch.mask.bool()]
+        def measure(view: View) -> None:
+            valid = view.heads if batch.mask is None else view.heads[batch.mask.bool()]
             variances.append(valid.float().var())
 
-        self._each_layer(batch, measure)
+        show_layers(self._teacher, self.layers, batch, self._autocast, measure)
         self._variance.copy_(torch.stack(variances).cpu())
 
     def accumulate(self, batch: TorchBatch, whole: TorchBatch) -> torch.Tensor:
@@ -101,19 +104,31 @@ class TransferStage:
         Returns:
             This share of each layer's normalised loss, fp32 `[layers]`, to be summed.
         """
-        losses, positions = torch.zeros(len(self._layers)), whole.positions
-        weights = self._weights(positions)
+        losses, positions = torch.zeros(len(self.layers)), whole.positions
 
-        def learn(
-            layer: int, inputs: torch.Tensor, heads: torch.Tensor, context: MixerContext
-        ) -> None:
-            error = self._error(layer, inputs, heads, context)
-            index = self._layers.index(layer)
-            (error * weights[index]).backward()  # type: ignore[no-untyped-call]
-            losses[index] = error.detach().cpu() / (positions * heads.shape[-1])
+        def visit(view: View) -> None:
+            losses[self.layers.index(view.layer)] = self.learn(view, positions)
 
-        self._each_layer(batch, learn)
-        return losses / self._variance
+        show_layers(self._teacher, self.layers, batch, self._autocast, visit)
+        return losses
+
+    def learn(self, view: View, positions: int) -> torch.Tensor:
+        """Add one layer's gradients.
+
+        Args:
+            view: what the teacher shows of the layer, for some rows of a step.
+            positions: tokens of the whole step.
+
+        Returns:
+            This share of the layer's normalised loss, fp32, without a dimension.
+        """
+        index = self.layers.index(view.layer)
+        error = squared_errors(self._student, view, self._autocast).sum()
+        count, variance = positions * view.heads.shape[-1], self._variance[index]
+        paper = PAPER_FACTOR / (len(self.layers) * count)
+        weight = paper if self._config.weighting == "paper" else 1.0 / (count * variance.item())
+        (error * weight).backward()  # type: ignore[no-untyped-call]
+        return error.detach().cpu() / count / variance
 
     def summary(self, losses: torch.Tensor) -> dict[str, object]:
         """What a metrics record says of a step's summed losses."""
@@ -123,50 +138,10 @@ class TransferStage:
         """The first layer whose loss is not finite, else whose gradient is not."""
         del batch
         for index, (name, part) in enumerate(zip(self.parts, losses, strict=True)):
-            grads = (p.grad for p in self._new[self._layers[index]].values())
+            grads = (p.grad for p in self._new[self.layers[index]].values())
             if not part.isfinite() or any(g is not None and not g.isfinite().all() for g in grads):
                 return name
         return "no single layer"
-
-    def _weights(self, positions: int) -> list[float]:
-        """What turns a layer's summed squared error into its part of the objective."""
-        config = self._student.config
-        count = positions * config.num_heads * config.head_dim
-        if self._config.weighting == "paper":
-            return [PAPER_FACTOR / (len(self._layers) * count)] * len(self._layers)
-        return [1.0 / (count * variance) for variance in self._variance.tolist()]
-
-    def _error(
-        self, layer: int, inputs: torch.Tensor, heads: torch.Tensor, context: MixerContext
-    ) -> torch.Tensor:
-        """Summed squared error of the student's heads in `layer`, fp32."""
-        with self._autocast():
-            answer, _ = self._student.layers[layer].self_attn.mix(inputs, context)
-        error = (answer.float() - heads.float()).square()
-        if context.mask is not None:
-            error = error * context.mask[..., None]
-        return error.sum()
-
-    def _each_layer(
-        self,
-        batch: TorchBatch,
-        visit: Callable[[int, torch.Tensor, torch.Tensor, MixerContext], None],
-    ) -> None:
-        """Run the teacher up to the last layer that is learned; show each one's input and heads."""
-        time = batch.ids.shape[1]
-        context = step_context(
-            self._teacher.config, time, time, batch.mask, "chunked", batch.ids.device
-        )
-        with torch.no_grad(), self._autocast():
-            x = self._teacher.model.embed_tokens(batch.ids)
-        for i in range(self._layers[-1] + 1):
-            layer = self._teacher.layers[i]
-            with torch.no_grad(), self._autocast():
-                inputs = layer.input_layernorm(x)
-                heads, _ = layer.self_attn.mix(inputs, context)
-                x = _rest(layer, x, heads) if i < self._layers[-1] else x
-            if i in self._new:
-                visit(i, inputs, heads, context)
 
 
 def new_parameters(student: Decoder, layer: int) -> dict[str, torch.nn.Parameter]:
@@ -174,10 +149,3 @@ def new_parameters(student: Decoder, layer: int) -> dict[str, torch.nn.Parameter
     mixer = student.layers[layer].self_attn
     names = type(mixer).fresh_tensors(student.config, layer)
     return {f"model.layers.{layer}.self_attn.{n}": mixer.get_parameter(n) for n in names}
-
-
-def _rest(layer: DecoderLayer, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """What the layer does after its heads."""
-    x = x + layer.self_attn.o_proj(heads)
-    y: torch.Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
-    return y
