@@ -29,7 +29,8 @@ class Processes:
             precision: of matrix products; parameters stay fp32.
             cpu: use the CPU where there is a GPU too.
         """
-        self._accelerator = Accelerator(cpu=cpu)
+        # Without this, accelerate overlooks the launcher on a machine that has no GPU.
+        self._accelerator = Accelerator(cpu=cpu or not torch.accelerator.is_available())
         self.precision = precision
         if self.device.type == "cpu":
             keep_freed_memory()

@@ -27,7 +27,7 @@ from edgekit.sources.student import apply_student, open_model, read_student
 from edgekit.testing import TOLERANCE, assert_close
 
 SETTINGS = Settings(cpu=True, precision="fp32", checkpoint_seconds=0.0, dtype="float32")
-LENGTHS = ("--set", "transfer.needles.share=0.0", "--set", "tuning.needles.share=0.0")
+NO_NEEDLES = ("--set", "transfer.needles.share=0.0", "--set", "tuning.needles.share=0.0")
 Smoke = Callable[..., Recipe]
 
 
@@ -83,7 +83,7 @@ def test_killed_run_goes_on_exactly(
 ) -> None:
     out = tmp_path / "student"
     command = ["distill", str(teacher_directory), "-o", str(out), "--data", str(text)]
-    command += ["--recipe", "smoke", "--cpu", "--precision", "fp32", *LENGTHS]
+    command += ["--recipe", "smoke", "--cpu", "--precision", "fp32", *NO_NEEDLES]
     command += ["--set", "lolcats.window=8", "--checkpoint-seconds", "1"]
     slow = "import time, torch; step = torch.optim.AdamW.step; torch.optim.AdamW.step = "
     slow += "lambda *a, **k: (time.sleep(0.6), step(*a, **k))[1]"
@@ -187,9 +187,9 @@ def test_two_processes_learn_what_one_learns(
     out = tmp_path / "student"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "edgekit", "distill", str(teacher_directory), "-o", str(out), "--data"]
-    command += [str(text), "--recipe", "smoke", "--cpu", "--precision", "fp32", *LENGTHS]
+    command += [str(text), "--recipe", "smoke", "--precision", "fp32", *NO_NEEDLES]
     command += ["--set", "lolcats.window=8"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for (_, _, one), (_, _, two) in zip(losses(whole.out), losses(out), strict=True):
