@@ -7,7 +7,7 @@ from pathlib import Path
 from edgekit.bundle import staged
 from edgekit.config import load
 from edgekit.distill import checkpoint
-from edgekit.distill.burst.pieces import Result, join, newest
+from edgekit.distill.burst.pieces import CHECKPOINTS, Result, join, newest
 from edgekit.distill.burst.train import RESULT
 from edgekit.distill.folder import claimed
 from edgekit.distill.metrics import read_metrics
@@ -53,7 +53,7 @@ def _collect_run(result: Result, results: Path, run: Path) -> str:
     with claimed(run, resume=True, force=False):
         for entry in result.files:
             join(entry, results, run)
-        for old in sorted(run.glob("checkpoint-*.safetensors"))[: -checkpoint.KEPT]:
+        for old in sorted(run.glob(CHECKPOINTS))[: -checkpoint.KEPT]:
             old.unlink()
         saved = checkpoint.latest(run)
     if saved is None:

@@ -1,30 +1,34 @@
 """Before a burst: everything that the far machine lacks, in parts."""
 
+import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import edgekit
+from edgekit.bundle import refuse_existing
 from edgekit.config import dump
 from edgekit.data.documents import DATASETS, TEXT_ENDINGS
-from edgekit.distill.burst.pieces import Entry, Plan, cut, newest
+from edgekit.distill.burst.pieces import SOFTWARE, Entry, Plan, cut, newest
 from edgekit.distill.burst.software import HERE, archive
 from edgekit.distill.metrics import FILE
 from edgekit.errors import UsageError
 from edgekit.sources.builtin import BUILT_IN, locate_built_in
 
-__all__ = ["BURST", "pack"]
+__all__ = ["BURST", "pack", "write_burst"]
 
 BURST = "burst.pyz"
 PIECE = 4 * 2**20
+OVERHEAD = 512  # bytes that a zip adds to a piece: its name twice, and records
 ENTRANCE = "from edgekit.distill.burst.train import main\n\nraise SystemExit(main())\n"
 SOURCES = (".py", ".toml", ".txt")  # of edgekit's own files
-FILES = (*TEXT_ENDINGS, ".jsonl", ".toml")
+SUFFIXES = (*TEXT_ENDINGS, ".jsonl", ".toml")
 MODELS = ("config.json", "student.json")  # in a directory that is a source or a student
 OURS = ("--resume", "--force", "--stop-after")
 Files = list[tuple[Path, str]]  # a file here, and its path there
+Places = dict[str, tuple[Path, int, int]]  # file, offset and size of a piece, by its name
 
 
 def pack(
@@ -41,18 +45,20 @@ def pack(
     Raises:
         UsageError: for an argument that is not allowed, or packages that cannot be had.
         SourceError: if the built-in source is not installed.
+        BundleError: if the student is there already.
         TrainingError: if a file cannot be read.
     """
     if part_mib * 2**20 < 2 * PIECE:
         raise UsageError(f"parts of {part_mib} MiB given; allowed: 8 or more")
     student, rest = _student(arguments)
+    refuse_existing(student, force=False, kind="student")
     there, inputs = _moved(rest)
     version = python or HERE
     run = student.with_name(f"{student.name}.run")
     checkpoint = newest(run)
     history = [] if checkpoint is None else [run / FILE, checkpoint]
-    places: dict[str, tuple[Path, int]] = {}
-    files = [_entry(*pair, places) for pair in [(archive(version), "software.zip"), *inputs]]
+    places: Places = {}
+    files = [_entry(*pair, places) for pair in [(archive(version), SOFTWARE), *inputs]]
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(
         name=student.name,
@@ -66,7 +72,7 @@ def pack(
         _write_part(folder / name, pieces, places)
     for old in set(folder.glob("part-*.zip")) - {folder / name for name in plan.parts}:
         old.unlink()
-    _write_burst(folder / BURST, plan)
+    write_burst(folder / BURST, plan)
     return plan
 
 
@@ -80,75 +86,86 @@ def _student(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     if given:
         raise UsageError(f"{given[0]} given; a burst decides on that itself: leave it out")
     outputs = [number for number, argument in enumerate(rest) if argument in ("-o", "--output")]
-    if len(outputs) != 1 or outputs[0] + 1 == len(rest):
+    if len(outputs) != 1 or not 0 < outputs[0] < len(rest) - 1:
         raise UsageError("give the arguments of `edgekit distill`: -- SOURCE -o STUDENT ...")
     student = Path(os.path.realpath(rest[outputs[0] + 1]))
     return student, rest[: outputs[0]] + rest[outputs[0] + 2 :]
 
 
-def _moved(arguments: list[str]) -> tuple[list[str], Files]:
-    """Arguments with the names that files have there, and the files."""
-    source = arguments[0] if arguments else ""
-    if not Path(source).exists() and source.lower() not in BUILT_IN:
-        known = ", ".join(BUILT_IN)
-        raise UsageError(
-            f"source {source!r} given; allowed first: a model directory, a .gguf file or {known}"
-        )
-    moved, files = list(arguments), Files()
+def _moved(arguments: Sequence[str]) -> tuple[list[str], Files]:
+    """Arguments with the names that files have there, and the files, the source first."""
+    moved, files = [], Files()
     for number, argument in enumerate(arguments):
-        path, name = Path(argument), f"inputs/{number}/{Path(argument).name}"
-        if argument.startswith(DATASETS):
-            raise UsageError(f"{argument}: not to be had without a network; give a .jsonl file")
-        if path.is_file():
-            files.append((path, name))
-        elif any((path / model).is_file() for model in MODELS):
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            files += [(file, f"{name}/{file.relative_to(path).as_posix()}") for file in inside]
-        elif number == 0:
-            file = locate_built_in(source.lower())
-            files.append((file, f"built-in/{BUILT_IN[source.lower()].package}/{file.name}"))
-            continue
-        elif path.suffix in FILES:
-            raise UsageError(f"{argument}: no such file")
-        else:
-            continue
-        moved[number] = name
+        name = f"inputs/{number}/{Path(argument).name}"
+        found = _files(argument, name)
+        if not found and number == 0:
+            files += _built_in(argument)
+        files += found
+        moved.append(name if found else argument)
     return moved, files
 
 
-def _entry(file: Path, path: str, places: dict[str, tuple[Path, int]]) -> Entry:
-    """The record of a file; `places` learns where its pieces are: in which file, which one."""
-    names = [name for name, _ in cut(file, PIECE)]
-    for number, name in enumerate(names):
-        places.setdefault(name, (file, number))
+def _files(argument: str, name: str) -> Files:
+    """The file, or those of the model, that an argument names; none if it names neither."""
+    path = Path(argument)
+    if path.is_file():
+        return [(path, name)]
+    if any((path / model).is_file() for model in MODELS):
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        return [(file, f"{name}/{file.relative_to(path).as_posix()}") for file in inside]
+    if argument.startswith(DATASETS) or path.suffix in SUFFIXES:
+        raise UsageError(f"{argument}: no such file here, and a burst has no network")
+    return []
+
+
+def _built_in(source: str) -> Files:
+    if source.lower() not in BUILT_IN:
+        known = ", ".join(BUILT_IN)
+        raise UsageError(
+            f"{source!r} given; allowed first: a model directory, a .gguf file or {known}"
+        )
+    file = locate_built_in(source.lower())
+    return [(file, f"built-in/{BUILT_IN[source.lower()].package}/{file.name}")]
+
+
+def _entry(file: Path, path: str, places: Places) -> Entry:
+    """The record of a file; `places` learns where its pieces are."""
+    names, offset = [], 0
+    for name, data in cut(file, PIECE):
+        places.setdefault(name, (file, offset, len(data)))
+        names.append(name)
+        offset += len(data)
     return Entry(path=path, pieces=tuple(names))
 
 
-def _parts(places: Mapping[str, tuple[Path, int]], limit: int) -> dict[str, tuple[str, ...]]:
-    """Pieces in their order, as many to a part as surely fit."""
-    each = (limit - PIECE // 4) // PIECE  # what a zip adds is far less than that quarter
-    names = list(places)
-    groups = [names[first : first + each] for first in range(0, len(names), each)]
+def _parts(places: Places, limit: int) -> dict[str, tuple[str, ...]]:
+    """Pieces in their order, as many to a part as fit."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, (_, _, size) in places.items():
+        if filled + size + OVERHEAD > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size + OVERHEAD
     return {f"part-{number}.zip": tuple(group) for number, group in enumerate(groups, 1)}
 
 
-def _write_part(out: Path, pieces: Sequence[str], places: Mapping[str, tuple[Path, int]]) -> None:
-    try:
-        with zipfile.ZipFile(out) as old:
-            if tuple(old.namelist()) == tuple(pieces):
-                return
-    except (OSError, zipfile.BadZipFile):
-        pass  # not there, or not whole
+def _write_part(out: Path, pieces: Sequence[str], places: Places) -> None:
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(out) as old:
+        if tuple(old.namelist()) == tuple(pieces):
+            return
     _write_zip(out, ((name, _contents(*places[name])) for name in pieces), zipfile.ZIP_STORED)
 
 
-def _contents(file: Path, number: int) -> bytes:
+def _contents(file: Path, offset: int, size: int) -> bytes:
     with file.open("rb") as stream:
-        stream.seek(number * PIECE)
-        return stream.read(PIECE)
+        stream.seek(offset)
+        return stream.read(size)
 
 
-def _write_burst(out: Path, plan: Plan) -> None:
+def write_burst(out: Path, plan: Plan) -> None:
+    """Write what starts a burst: edgekit's own code and the plan, to be run by Python."""
     root = Path(edgekit.__file__).parent
     members = [("__main__.py", ENTRANCE.encode()), ("plan.json", json.dumps(dump(plan)).encode())]
     for folder, _, names in sorted(os.walk(root, followlinks=True)):

@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from edgekit.errors import TrainingError
 
-__all__ = ["Entry", "Plan", "Result", "cut", "join", "keep", "newest"]
+__all__ = ["CHECKPOINTS", "SOFTWARE", "Entry", "Plan", "Result", "cut", "join", "keep", "newest"]
 
+SOFTWARE = "software.zip"  # the packages among the files of a plan
 CHECKPOINTS = "checkpoint-*.safetensors"  # numbers have leading zeros: names sort as they do
 
 

@@ -4,6 +4,7 @@ Starts with the standard library alone and leaves everything below WORK.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -16,14 +17,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgekit.config import dump, load
-from edgekit.distill.burst.pieces import Entry, Plan, Result, cut, join, keep, newest
+from edgekit.distill.burst.pieces import (
+    SOFTWARE,
+    Entry,
+    Plan,
+    Result,
+    cut,
+    join,
+    keep,
+    newest,
+)
+from edgekit.distill.metrics import FILE as METRICS
 from edgekit.errors import EdgekitError, TrainingError
 
 __all__ = ["RESULT", "main"]
 
 RESULT = "burst.json"
-PIECE = 16 * 2**20
-METRICS = "metrics.jsonl"
+PIECE = 15 * 2**20  # of what goes back: no file reaches 16 MiB
+DIGITS = 64  # of a sha256 in hex
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _burst(args: argparse.Namespace, package: Path, started: float) -> int:
-    with zipfile.ZipFile(package) as archive:
-        plan = load(Plan, json.loads(archive.read("plan.json")), where=str(package))
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if plan.python != here:
-        raise TrainingError(
-            f"packed for Python {plan.python}, this is {here}; pack --python {here}"
-        )
+    plan = _plan(package)
     work = args.work.resolve()
     store = work / "pieces"
     store.mkdir(parents=True, exist_ok=True)
@@ -70,11 +75,20 @@ def _burst(args: argparse.Namespace, package: Path, started: float) -> int:
     code = 0
     if not (work / plan.name).is_dir():
         environment = _prepare(plan, package, work, store)
-        code = _train(
-            plan, work, environment, args.seconds - (time.monotonic() - started), args.grace
-        )
-    _deliver(plan, work, args.out)
+        left = max(1, args.seconds - int(time.monotonic() - started))
+        code = _train(plan, work, environment, left, args.grace)
+    if not code or newest(work / f"{plan.name}.run"):
+        _deliver(plan, work, args.out)
     return code
+
+
+def _plan(package: Path) -> Plan:
+    with zipfile.ZipFile(package) as archive:
+        plan = load(Plan, json.loads(archive.read("plan.json")), where=str(package))
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if plan.python != here:
+        raise TrainingError(f"packed for Python {plan.python}, here is {here}; use pack --python")
+    return plan
 
 
 def _receive(part: Path, store: Path) -> None:
@@ -91,35 +105,38 @@ def _prepare(plan: Plan, package: Path, work: Path, store: Path) -> dict[str, st
     """Put files, packages and run in their places; returns the trainer's environment."""
     for entry in plan.files:
         join(entry, store, work)
-    digest = plan.files[0].pieces[0][:16]
-    site, code = work / f"site-{digest}", work / "code"
-    if not site.is_dir():
-        _unpack(work / plan.files[0].path, site)
-    shutil.rmtree(code, ignore_errors=True)
-    _unpack(package, code)
     have = newest(work / f"{plan.name}.run")
     if plan.run and (have is None or have.name < Path(plan.run[-1].path).name):
         for entry in plan.run:
             join(entry, store, work)
-    paths = os.pathsep.join(map(str, (code, site, work / "built-in")))
-    return {"PYTHONPATH": paths, "EDGEKIT_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
+    paths = [_unpacked(package, work), _unpacked(work / SOFTWARE, work), work / "built-in"]
+    return {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "EDGEKIT_CACHE": str(work / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    with zipfile.ZipFile(archive) as source:
-        source.extractall(part)
-    os.replace(part, folder)
+def _unpacked(archive: Path, work: Path) -> Path:
+    """The folder with the contents of `archive`, made unless it is there."""
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder, part = work / f"unpacked-{digest}", work / f"unpacked-{digest}.part"
+    if not folder.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+        with zipfile.ZipFile(archive) as source:
+            source.extractall(part)
+        os.replace(part, folder)
+    return folder
 
 
-def _train(plan: Plan, work: Path, environment: dict[str, str], seconds: float, grace: int) -> int:
-    left = max(1, int(seconds))
+def _train(plan: Plan, work: Path, environment: dict[str, str], seconds: int, grace: int) -> int:
+    """Run `edgekit distill`; returns 1 if it failed, and 0 if it ended or had to be ended."""
     command = [sys.executable, "-P", "-m", "edgekit", "distill", *plan.arguments, "-o", plan.name]
-    command += ["--resume", "--stop-after", str(left)]
+    command += ["--resume", "--stop-after", str(seconds)]
     with subprocess.Popen(command, cwd=work, env={**os.environ, **environment}) as child:
         try:
-            return int(child.wait(timeout=left + grace) != 0)
+            return int(child.wait(timeout=seconds + grace) != 0)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             child.kill()  # the newest checkpoint is whole
             print("burst: cut short; what follows the last checkpoint is lost", file=sys.stderr)
@@ -135,26 +152,22 @@ def _deliver(plan: Plan, work: Path, out: Path) -> None:
     elif checkpoint is not None:
         files = [run / METRICS, checkpoint]
     else:
-        raise TrainingError(
-            "the run left no checkpoint; if it told no error, give it more --seconds"
-        )
+        raise TrainingError("there was no time for a checkpoint; give more --seconds")
     out.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for file in files:
-        names = []
-        for name, data in cut(file, PIECE):
-            keep(name, data, out)
-            names.append(name)
-        entries.append(Entry(path=file.name, pieces=tuple(names)))
-    result = Result(name=plan.name, finished=student.is_dir(), files=tuple(entries))
+    entries = tuple(_delivered(file, out) for file in files)
+    result = Result(name=plan.name, finished=student.is_dir(), files=entries)
     part = out / f"{RESULT}.part"
     part.write_text(json.dumps(dump(result)), encoding="utf-8")
     os.replace(part, out / RESULT)
-    _remove_others(out, {name for entry in entries for name in entry.pieces})
+    names = {name for entry in entries for name in entry.pieces}
+    for old in out.iterdir():  # of an earlier burst
+        if len(old.name) == DIGITS and old.name not in names:
+            old.unlink()
 
 
-def _remove_others(out: Path, names: set[str]) -> None:
-    """Remove the pieces of an earlier burst."""
-    for file in out.iterdir():
-        if len(file.name) == 64 and file.name not in names:
-            file.unlink()
+def _delivered(file: Path, out: Path) -> Entry:
+    names = []
+    for name, data in cut(file, PIECE):
+        keep(name, data, out)
+        names.append(name)
+    return Entry(path=file.name, pieces=tuple(names))
