@@ -3,8 +3,10 @@
 What the student's own files say is taken from them; a person adds `CardNotes`, usually as JSON.
 """
 
+import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,10 @@ from typing import Any
 
 from edgekit.config import dump, load
 from edgekit.distill.metrics import read_metrics
-from edgekit.errors import UsageError
+from edgekit.errors import EdgekitError, UsageError
 from edgekit.sources.student import Student, read_student
 
-__all__ = ["Answer", "CardNotes", "Table", "read_notes", "write_card"]
+__all__ = ["Answer", "CardNotes", "Table", "main", "read_notes", "write_card"]
 
 CARD, CURVE = "README.md", "loss.png"
 CURVE_ROWS = 12  # evaluations that the card lists of those in metrics.jsonl
@@ -318,3 +320,21 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m edgekit.distill.card STUDENT [--notes FILE.json]`; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Write the model card of a student.")
+    parser.add_argument("student", type=Path, metavar="STUDENT")
+    parser.add_argument("--notes", type=Path, metavar="FILE.json", help="see CardNotes")
+    args = parser.parse_args(argv)
+    try:
+        print(write_card(args.student, read_notes(args.notes) if args.notes else None))
+    except EdgekitError as error:
+        print(f"card: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
