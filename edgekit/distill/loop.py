@@ -21,6 +21,7 @@ __all__ = ["Outcome", "Run", "train"]
 Progress = Callable[[str, int, int], None]
 Rows = Callable[[int, int], Batch]
 BETAS = (0.9, 0.999)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,26 +150,24 @@ class _Stepper:
 
     def step(self, at: _Position) -> dict[str, Any]:
         """One optimiser step; moves `at` on and returns its record."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), at.tokens
         whole, losses = self._gradients(at.step)
+        norm = self._clip(at.step, whole, losses)
         factor = rate_factor(self._config, at.step)
         for group, entry in zip(self._groups, self._optimizer.param_groups, strict=True):
             entry["lr"] = group.lr * factor
-        norm = self._clip(at.step, whole, losses)
         self._optimizer.step()
-        record = {"stage": self._stage.number, "step": at.step, "tokens": at.tokens}
-        evaluated = self._evaluate(at.tokens, at.tokens + whole.positions, at.step + 1)
-        at.step, at.tokens = at.step + 1, at.tokens + whole.positions
-        at.seconds += time.perf_counter() - started
-        return {
-            **record,
-            "tokens": at.tokens,
+        record: dict[str, Any] = {
+            "stage": self._stage.number,
+            "step": at.step,
+            "tokens": at.tokens + whole.positions,
             **self._stage.summary(losses),
             "lr": self._config.lr * factor,
             "gradient_norm": norm,
-            "seconds": round(at.seconds, 2),
-            **({"eval": evaluated} if evaluated else {}),
+            "seconds": round(at.seconds + time.perf_counter() - started, 2),
         }
+        at.step, at.tokens, at.seconds = at.step + 1, record["tokens"], record["seconds"]
+        return record | self._evaluated(before, at)
 
     def _gradients(self, step: int) -> tuple[TorchBatch, torch.Tensor]:
         """The step's whole batch, with its gradients in place and its losses."""
@@ -191,10 +190,14 @@ class _Stepper:
             TrainingError: if a loss or a norm is not finite.
         """
         together = self._stage.clipped_together()
-        clip = torch.nn.utils.clip_grad_norm_
-        norms = torch.stack([clip(parameters, self._config.clip) for parameters in together])
-        if losses.isfinite().all() and norms.isfinite().all():
-            return float(norms.max())
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            for group in together
+        ]
+        if losses.isfinite().all() and torch.stack(norms).isfinite().all():
+            for group, norm in zip(together, norms, strict=True):
+                torch.nn.utils.clip_grads_with_norm_(group, self._config.clip, norm)
+            return float(max(norms))
         where = self._stage.culprit(whole, losses)
         raise TrainingError(
             f"stage {self._stage.name}, step {step}: the loss or its gradient is not finite, first "
@@ -202,12 +205,13 @@ class _Stepper:
             f"{self._run.folder} is good: lower {self._stage.name}.lr or its gate_lr or mixer_lr"
         )
 
-    def _evaluate(self, before: int, after: int, step: int) -> dict[str, float] | None:
-        every = self._run.evaluate_tokens
-        due = step == self._config.steps or (every is not None and before // every < after // every)
-        if self._run.evaluate is None or not due or not self._run.leads:
-            return None
-        return self._run.evaluate()
+    def _evaluated(self, before: int, at: _Position) -> dict[str, Any]:
+        """What the record of a step says of an evaluation, if one is due after it."""
+        run, every = self._run, self._run.evaluate_tokens
+        due = every is not None and before // every < at.tokens // every
+        if run.evaluate is None or not run.leads or not (due or at.step == self._config.steps):
+            return {}
+        return {"eval": run.evaluate()}
 
     def save(self, at: _Position, loss: float) -> None:
         """Write a checkpoint of the student and the optimiser."""
@@ -246,9 +250,6 @@ class _Stepper:
                 moments = {k: _placed(k, saved.tensors[f"{k}.{name}"], parameter) for k in keys}
                 self._optimizer.state[parameter] = moments
         return _Position(step=saved.step, tokens=saved.tokens, seconds=saved.seconds)
-
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 class _NoLog:
