@@ -1,0 +1,78 @@
+"""What the commands `python -m edgekit.distill.…` share."""
+
+import argparse
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+from edgekit.errors import EdgekitError
+
+__all__ = ["Told", "guarded", "numbers", "setting"]
+
+SECONDS = 10.0  # between two lines
+
+
+class Told:
+    """Progress in plain lines on stderr, not too many of them."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+
+    def __call__(self, name: str, number: int, count: int) -> None:
+        """Say that step `number` (from 0) of `count`, called `name`, begins."""
+        now = time.monotonic()
+        if self._last is None or now - self._last > SECONDS:
+            self._last = now
+            print(f"[{number + 1}/{count}] {name}", file=sys.stderr, flush=True)
+
+
+def guarded(name: str, work: Callable[[], str]) -> int:
+    """Print what `work` returns, or its error as one line.
+
+    Args:
+        name: of the command, which the error begins with.
+        work: the command.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        print(work())
+    except EdgekitError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"{name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE`, the value as TOML writes it; a bare word is a string.
+
+    Raises:
+        argparse.ArgumentTypeError: if there is no `=`.
+    """
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} given; allowed: KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from `1,6,12`.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; allowed: whole numbers separated by commas"
+        ) from None
