@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_ablation"]
 
 COLOURS = "viridis_r"  # made for the colour-blind too; dark is a large error
-LARGEST = 1.0  # the error of a student that says the mean; more looks the same
+LARGEST = 1.0  # error of a student that always says the mean; what is worse looks the same
 FIGURES_UP_TO = 14  # layers, with which a square has room for its figure
 
 
@@ -31,7 +31,7 @@ def draw_ablation(result: Ablation, out: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    bar = figure.colorbar(_squares(axes, result), ax=axes, pad=0.16, extend="max")
+    bar = figure.colorbar(_squares(axes, result), ax=axes, pad=0.16)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
     _label(axes, result)

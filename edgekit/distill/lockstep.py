@@ -29,7 +29,7 @@ class Lockstep:
         diverged: which students stopped, bool `[students]`.
     """
 
-    number, name = 1, "ablation"
+    number, name = TransferStage.number, TransferStage.name
 
     def __init__(
         self,
