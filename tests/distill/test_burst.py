@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def burst(bare_python: Path) -> Callable[..., str]:
 def arguments(teacher_directory: Path, text: Path) -> list[str]:
     """Of `edgekit distill`, but for the student."""
     settings = [f"{key.replace('__', '.')}={value}" for key, value in STEPS.items()]
-    settings += ["transfer.needles.share=0.0", "tuning.needles.share=0.0"]
+    settings += ["transfer.needles.share=0.0", "tuning.needles.share=0.0", "lolcats.window=8"]
     given = [str(teacher_directory), "--data", str(text), "--recipe=smoke", "--cpu"]
     return [*given, "--precision", "fp32", *(part for s in settings for part in ("--set", s))]
 
@@ -89,6 +90,11 @@ def test_bursts_end_in_the_student_of_a_run_that_nothing_disturbs(
     assert main(["collect", str(out), "-o", str(student)]) == 0
     run = tmp_path / "student.run"
     assert losses(run) == losses(whole)[:1]
+
+    here = tmp_path / "here"
+    shutil.copytree(run, tmp_path / "here.run")
+    distill(teacher_directory, here, smoke(**STEPS), data=[text], settings=settings, resume=True)
+    assert losses(here) == losses(whole)
 
     parts = [parcel / name for name in pack(parcel, [*arguments, "-o", str(student)]).parts]
     elsewhere = tmp_path / "elsewhere"
