@@ -31,7 +31,7 @@ def draw_ablation(result: Ablation, out: Path) -> None:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    bar = figure.colorbar(_squares(axes, result), ax=axes, pad=0.16)
+    bar = figure.colorbar(_squares(axes, result), ax=axes, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
     _label(axes, result)
