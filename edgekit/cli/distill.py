@@ -6,13 +6,13 @@ exactly. Many processes: `accelerate launch -m edgekit distill …` or torchrun.
 """
 
 import argparse
-import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgekit.cli.arguments import add_json, layers, positive
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table
+from edgekit.distill.command import setting
 
 if TYPE_CHECKING:
     from edgekit.distill.run import DistillReport
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--set",
-        type=_setting,
+        type=setting,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--stop-after", type=positive, metavar="SECONDS", help="then save and stop, to be resumed"
     )
+    running.add_argument(
+        "--finish", action="store_true", help="write the student that an unfinished run has so far"
+    )
     add_json(parser)
 
 
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         evaluate_tokens=args.evaluate_tokens,
         checkpoint_seconds=args.checkpoint_seconds,
         stop_after=args.stop_after,
+        finish=args.finish,
     )
     with Progress() as progress:
         report = distill(
@@ -90,27 +94,12 @@ def run(args: argparse.Namespace) -> int:
             haystack=args.haystack,
             init=args.init,
             settings=settings,
-            resume=args.resume,
+            resume=args.resume or args.finish,
             force=args.force,
             progress=progress.step,
         )
     print(as_json(report) if args.json else _table(report))
     return 0
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """`KEY=VALUE`, the value as TOML writes it; a bare word is a string.
-
-    Raises:
-        argparse.ArgumentTypeError: if there is no `=`.
-    """
-    key, found, value = text.partition("=")
-    if not found or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} given; allowed: KEY=VALUE")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
 
 
 def _table(report: "DistillReport") -> str:

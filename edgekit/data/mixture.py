@@ -5,6 +5,7 @@ stopped and each process fetches its own part.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from edgekit.data.batch import Batch
 from edgekit.data.documents import read_documents
-from edgekit.data.needles import EVALUATION_SEED, KINDS, make_sample, needs_essay
+from edgekit.data.needles import EVALUATION_SEED, KINDS, Sample, make_sample, needs_essay
 from edgekit.data.packing import Row, Stream, as_row, stacked
 from edgekit.data.tokens import ChatLoss, Tokens, completion, tokenise
 from edgekit.errors import UsageError
@@ -199,6 +200,9 @@ class Mixture:
         self.files = corpus.files
         self._tokenizer, self._eos = corpus.tokenizer, corpus.eos
         self._share, self._length, self._seed = share, length, seed
+        if share.per_block:  # a length that is too short for a kind shows now, not in mid-run
+            for kind, tokens in itertools.product(share.kinds, share.lengths):
+                self._sample(kind, tokens, seed=0)
 
     @property
     def rows(self) -> int:
@@ -234,16 +238,21 @@ class Mixture:
         return self._stream.row(int(_epoch_order(self._seed, epoch, self.rows)[place]))
 
     def _needle(self, number: int) -> Row:
-        random = np.random.default_rng([self._seed, NEEDLE, number])
-        sample = make_sample(
-            self._share.kinds[int(random.integers(len(self._share.kinds)))],
-            length=self._share.lengths[int(random.integers(len(self._share.lengths)))],
-            seed=int(random.integers(EVALUATION_SEED)),
+        random, share = np.random.default_rng([self._seed, NEEDLE, number]), self._share
+        kind = share.kinds[int(random.integers(len(share.kinds)))]
+        length = share.lengths[int(random.integers(len(share.lengths)))]
+        sample = self._sample(kind, length, seed=int(random.integers(EVALUATION_SEED)))
+        return as_row(completion(sample.prompt, sample.answer, self._tokenizer, eos=self._eos))
+
+    def _sample(self, kind: str, length: int, *, seed: int) -> Sample:
+        return make_sample(
+            kind,
+            length=length,
+            seed=seed,
             encode=self._tokenizer.encode_prompt,
             essay=self._share.essay,
             answer_room=1,  # for eos
         )
-        return as_row(completion(sample.prompt, sample.answer, self._tokenizer, eos=self._eos))
 
 
 @functools.lru_cache(maxsize=4)

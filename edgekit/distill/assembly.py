@@ -10,7 +10,7 @@ import torch
 from edgekit.config import dump
 from edgekit.data import Mixture, NeedleShare, read_corpus
 from edgekit.distill import recipe
-from edgekit.distill.build import student_config, student_over
+from edgekit.distill.build import narrow_frozen, student_config, student_over
 from edgekit.distill.heldout import perplexity
 from edgekit.distill.processes import Precision, Processes
 from edgekit.distill.transfer import new_parameters
@@ -38,6 +38,7 @@ class Settings:
         evaluate_tokens: trained tokens between two measurements; None: at a stage's end only.
         checkpoint_seconds: between checkpoints.
         stop_after: seconds after which a checkpoint is written and the run ends, to be resumed.
+        finish: train no further: write the student that an unfinished run has so far.
         dtype: of the student's file.
     """
 
@@ -48,6 +49,7 @@ class Settings:
     evaluate_tokens: int | None = None
     checkpoint_seconds: float = 120.0
     stop_after: float | None = None
+    finish: bool = False
     dtype: Literal["float16", "float32"] = "float16"
 
 
@@ -101,6 +103,8 @@ class Assembly:
         mixtures = _mixtures(opened, plan, data, haystack, tokenizer, progress)
         teacher = Decoder.from_store(opened.config, opened.weights).to(processes.device)
         teacher.requires_grad_(False)
+        if processes.precision == "bf16":
+            narrow_frozen(teacher)
         trained = None
         if earlier is not None:
             trained = {name: earlier.tensors.tensor(name) for name in earlier.tensors}

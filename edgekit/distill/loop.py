@@ -34,6 +34,7 @@ class Run:
         fingerprint: what a checkpoint must agree with.
         seed: of dropout.
         checkpoint_seconds: between checkpoints.
+        finish: take no further step.
         stop_after: seconds after which a stage saves itself and stops; None: at its end only.
         evaluate: figures of the student as it is, such as its perplexity; on the first process.
         evaluate_tokens: between evaluations; None: only at a stage's end.
@@ -48,6 +49,7 @@ class Run:
     seed: int
     checkpoint_seconds: float = 120.0
     stop_after: float | None = None
+    finish: bool = False
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_tokens: int | None = None
     progress: Progress | None = None
@@ -111,7 +113,7 @@ def train(
     if not resumed:
         stage.prepare(stepper.batch(0).rows(0, config.micro_batch))
     saved = time.monotonic()
-    loss, stop = None, at.step == config.steps
+    loss, stop = None, run.finish or at.step == config.steps
     done = {r["stage"]: r["steps"] for r in run.history} | {stage.number: at.step}
     with MetricsLog(run.folder, done) if run.leads else _NoLog() as log:
         while not stop:

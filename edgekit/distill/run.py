@@ -23,6 +23,7 @@ from edgekit.distill.plot import draw_losses
 from edgekit.distill.processes import Processes, choose_precision
 from edgekit.distill.transfer import TransferStage
 from edgekit.distill.tuning import TuningStage, inject_pairs
+from edgekit.errors import UsageError
 from edgekit.sources.student import StageRecord, StudentManifest, lowrank_pairs, write_student
 
 __all__ = ["DistillReport", "Settings", "distill"]
@@ -99,6 +100,8 @@ def distill(
         saved = checkpoint.latest(folder) if resume else None
         if saved:
             refuse_changes(saved, work.fingerprint)
+        elif choice.finish:
+            raise UsageError(f"{folder}: there is no run to finish; --finish goes with --resume")
         run = _run(work, folder, choice, saved, started, progress)
         finished = _stages(work, run, saved)
         records = tuple(StageRecord(**record) for record in run.history)
@@ -117,17 +120,17 @@ def _stages(work: Assembly, run: Run, saved: checkpoint.Checkpoint | None) -> bo
     if at == 1 and plan.transfer.steps:
         stage = TransferStage(work.teacher, work.student, plan.transfer, autocast)
         outcome = train(stage, plan.transfer, work.mixtures[1].batch, run, saved)
-        if not outcome.finished:
+        if not outcome.finished and not run.finish:
             return False
         run.history.append(_record(1, outcome, run))
         saved = None
     given = {} if work.init is None else lowrank_pairs(work.init)
     if plan.tuning.steps or given:
         inject_pairs(work.student, plan.tuning, given, plan.seed)
-    if plan.tuning.steps:
+    if plan.tuning.steps and not (run.finish and at == 1):
         tuning = TuningStage(work.teacher, work.student, plan.tuning, autocast)
         outcome = train(tuning, plan.tuning, work.mixtures[2].batch, run, saved)
-        if not outcome.finished:
+        if not outcome.finished and not run.finish:
             return False
         run.history.append(_record(2, outcome, run))
     return True
@@ -149,6 +152,7 @@ def _run(
         seed=work.plan.seed,
         checkpoint_seconds=choice.checkpoint_seconds,
         stop_after=choice.stop_after,
+        finish=choice.finish,
         evaluate=work.evaluation(choice),
         evaluate_tokens=choice.evaluate_tokens,
         progress=progress,

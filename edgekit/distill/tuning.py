@@ -182,6 +182,9 @@ def inject_pairs(student: Decoder, config: Tuning, given: dict[str, LowRank], se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, student)
+    for parameter_name, parameter in student.named_parameters():
+        if _is_pair(parameter_name):
+            parameter.data = parameter.data.float()  # whatever the frozen matrices are kept in
     for name, pair in given.items():
         if name.rpartition(".")[2] not in config.targets:
             raise UsageError(f"the earlier student tunes {name}; allowed: the recipe's targets")

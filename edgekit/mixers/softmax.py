@@ -26,8 +26,10 @@ class Mixer(TokenMixer):
         q, k, v = (t.transpose(1, 2) for t in (context.rotate(q), context.rotate(k), v))
         if state is not None:
             k, v = torch.cat((state["key"], k), dim=2), torch.cat((state["value"], v), dim=2)
+        plain = state is None and context.past_mask is None  # then torch needs no mask in memory
+        visible = None if plain else _visible(q, k, context.past_mask)
         y = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=_visible(q, k, context.past_mask), enable_gqa=True
+            q, k, v, attn_mask=visible, is_causal=plain, enable_gqa=True
         )
         return y.transpose(1, 2).flatten(2), {"key": k, "value": v}
 

@@ -29,17 +29,30 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Short rows, and no needles, which the tiny tokenizer makes long.
+SMALL: dict[str, Any] = {
+    f"{stage}.{key}": value
+    for stage in ("transfer", "tuning")
+    for key, value in (("tokens", 512), ("length", 64), ("needles.share", 0.0))
+}
+SMALL["lolcats.window"] = 8  # shorter than the rows, so that something leaves it
+
+
 @pytest.fixture(scope="session")
 def smoke() -> Callable[..., Recipe]:
-    """The smoke recipe without needles, which the tiny tokenizer makes long; keys may be set."""
+    """The smoke recipe, made small; keys may be set."""
 
     def make(**overrides: Any) -> Recipe:
         dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-        bare = {"transfer.needles.share": 0.0, "tuning.needles.share": 0.0}
-        bare |= {"lolcats.window": 8}  # shorter than the rows, so that something leaves it
-        return load_recipe("smoke", bare | dotted)
+        return load_recipe("smoke", SMALL | dotted)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small() -> list[str]:
+    """The same as flags of the command line."""
+    return ["--recipe", "smoke", *(f"--set={key}={value}" for key, value in SMALL.items())]
 
 
 @pytest.fixture

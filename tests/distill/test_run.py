@@ -27,7 +27,6 @@ from edgekit.sources.student import apply_student, open_model, read_student
 from edgekit.testing import TOLERANCE, assert_close
 
 SETTINGS = Settings(cpu=True, precision="fp32", checkpoint_seconds=0.0, dtype="float32")
-NO_NEEDLES = ("--set", "transfer.needles.share=0.0", "--set", "tuning.needles.share=0.0")
 Smoke = Callable[..., Recipe]
 
 
@@ -79,12 +78,17 @@ def test_same_seed_same_student(
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_killed_run_goes_on_exactly(
-    whole: DistillReport, teacher_directory: Path, text: Path, tmp_path: Path, stage: int
+    whole: DistillReport,
+    teacher_directory: Path,
+    text: Path,
+    small: list[str],
+    tmp_path: Path,
+    stage: int,
 ) -> None:
     out = tmp_path / "student"
     command = ["distill", str(teacher_directory), "-o", str(out), "--data", str(text)]
-    command += ["--recipe", "smoke", "--cpu", "--precision", "fp32", *NO_NEEDLES]
-    command += ["--set", "lolcats.window=8", "--checkpoint-seconds", "1"]
+    command += ["--cpu", "--precision", "fp32", *small]
+    command += ["--checkpoint-seconds", "1"]
     slow = "import time, torch; step = torch.optim.AdamW.step; torch.optim.AdamW.step = "
     slow += "lambda *a, **k: (time.sleep(0.6), step(*a, **k))[1]"
     code = f"{slow}; import sys; from edgekit.cli.main import main; sys.exit(main({command!r}))"
@@ -125,6 +129,39 @@ def test_stopped_run_goes_on_exactly(
         runs += 1
     assert runs == 7  # one step each, and where stage 1 ends, stage 2 begins
     assert losses(out) == losses(whole.out)
+
+
+@pytest.mark.parametrize("steps", [1, 5], ids=["stage 1", "stage 2"])
+def test_student_so_far(
+    teacher_directory: Path, text: Path, smoke: Smoke, tmp_path: Path, steps: int
+) -> None:
+    out = tmp_path / "student"
+    hurried = Settings(cpu=True, precision="fp32", stop_after=0.0)
+    for _ in range(steps):
+        distill(teacher_directory, out, smoke(), data=[text], settings=hurried, resume=True)
+    finish = Settings(cpu=True, precision="fp32", finish=True)
+    report = distill(teacher_directory, out, smoke(), data=[text], settings=finish, resume=True)
+    assert report.finished
+    assert [(r.stage, r.steps) for r in report.training] == ([(1, 1)], [(1, 4), (2, 2)])[steps > 1]
+    source, config, store = open_model(out, base=teacher_directory)
+    assert config.num_layers == source.config.num_layers
+    assert not (tmp_path / "student.run").exists()
+    assert store.tensor("model.layers.0.self_attn.conv_q.weight").isfinite().all()
+
+
+def test_nothing_to_finish(
+    teacher_directory: Path, text: Path, smoke: Smoke, tmp_path: Path
+) -> None:
+    finish = Settings(cpu=True, precision="fp32", finish=True)
+    with pytest.raises(UsageError, match="no run to finish"):
+        distill(
+            teacher_directory,
+            tmp_path / "s",
+            smoke(),
+            data=[text],
+            settings=finish,
+            resume=True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -182,13 +219,12 @@ def test_loss_that_explodes_stops_and_names_the_layer(
 
 
 def test_two_processes_learn_what_one_learns(
-    whole: DistillReport, teacher_directory: Path, text: Path, tmp_path: Path
+    whole: DistillReport, teacher_directory: Path, text: Path, small: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "student"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "edgekit", "distill", str(teacher_directory), "-o", str(out), "--data"]
-    command += [str(text), "--recipe", "smoke", "--precision", "fp32", *NO_NEEDLES]
-    command += ["--set", "lolcats.window=8"]
+    command += [str(text), "--precision", "fp32", *small]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
