@@ -78,12 +78,16 @@ def perplexities(
 
 
 @torch.no_grad()
-def state_bytes(decoder: Decoder, layers: Sequence[int]) -> int:
-    """Bytes that `layers` carry from token to token, for one sequence, after its first token."""
+def state_bytes(decoder: Decoder, layers: Sequence[int], autocast: Autocast) -> int:
+    """Bytes that `layers` carry from token to token, for one sequence, after its first token.
+
+    Floats are counted as fp32, which is how devices keep them, whatever the precision here.
+    """
     token = torch.zeros(1, 1, dtype=torch.int64, device=decoder.lm_head.weight.device)
-    _, states = decoder.hidden(token)
+    with autocast():
+        _, states = decoder.hidden(token)
     return sum(
-        tensor.numel() * tensor.element_size()
+        tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
         for layer in layers
         for name, tensor in states[layer].items()
         if name != "position"

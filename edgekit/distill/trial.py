@@ -149,7 +149,7 @@ class Trial:
             data=tuple(dump(file) for file in work.mixtures[1].files),
             held_out={text: len(rows) for text, rows in self.texts.items()},
             teacher_perplexity=found["teacher"],
-            teacher_bytes=state_bytes(work.teacher, self.layers),
+            teacher_bytes=state_bytes(work.teacher, self.layers, work.processes.autocast),
             scored=self._scored(found, records, progress),
         )
 
@@ -177,7 +177,7 @@ class Trial:
                     against_base=None if name == BASE else estimate(mean - base),
                     layers=tuple(errors[name].mean(dim=0).tolist()),
                     perplexity=perplexity[name],
-                    state_bytes=state_bytes(student, self.layers),
+                    state_bytes=state_bytes(student, self.layers, autocast),
                     parameters=sum(parameter.numel() for parameter in new),
                     seconds=round(seconds[name], 1),
                     stopped_at=min(lost) if lost else None,

@@ -221,6 +221,18 @@ def test_some_layers_only(
         assert scored.layers == pytest.approx((first, third), rel=1e-5)
 
 
+def test_bf16(
+    run: Callable[..., Ablation | None], whole: tuple[Path, Ablation], tmp_path: Path
+) -> None:
+    result = run(tmp_path / "a", settings=replace(SETTINGS, precision="bf16"))
+    assert result is not None
+    wide = {scored.name: scored for scored in whole[1].scored}
+    for scored in result.scored:
+        assert scored.state_bytes == wide[scored.name].state_bytes
+        assert scored.error.value == pytest.approx(wide[scored.name].error.value, rel=0.1)
+    assert result.teacher_bytes == whole[1].teacher_bytes
+
+
 def test_variant_whose_loss_explodes_stops_alone(
     run: Callable[..., Ablation | None],
     variants: Variants,
@@ -279,8 +291,8 @@ def test_window_over_the_whole_row_is_the_teacher(
 def test_state_bytes(pair: Callable[..., Any]) -> None:
     teacher, student = pair()
     # 4 states of 16 features by 16 + 1 columns; 8 heads of 16 channels with 3 taps.
-    assert state_bytes(student, [1]) == 4 * (4 * 16 * 17 + 8 * 16 * 3)
-    assert state_bytes(teacher, [0, 2]) == 2 * 4 * 2 * 2 * 16
+    assert state_bytes(student, [1], contextlib.nullcontext) == 4 * (4 * 16 * 17 + 8 * 16 * 3)
+    assert state_bytes(teacher, [0, 2], contextlib.nullcontext) == 2 * 4 * 2 * 2 * 16
 
 
 def test_estimate() -> None:
