@@ -127,8 +127,8 @@ class Assembly:
             processes=processes,
         )
 
-    def evaluation(self, choice: Settings) -> Callable[[], dict[str, float]] | None:
-        """What measures the student as it is; None without a held-out text.
+    def held_out(self, choice: Settings) -> Callable[[Decoder], float] | None:
+        """Perplexity of teacher or student on the held-out text; None where there is none.
 
         Raises:
             UsageError: if that text cannot be read or is too short.
@@ -145,7 +145,7 @@ class Assembly:
             raise UsageError(f"{choice.held_out}: {len(ids)} tokens; give at least 2")
         tokens = torch.from_numpy(ids).to(self.processes.device)
         autocast = self.processes.autocast
-        return lambda: {"perplexity": perplexity(self.student, tokens, autocast, window=window)}
+        return lambda decoder: perplexity(decoder, tokens, autocast, window=window)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the student's file holds."""

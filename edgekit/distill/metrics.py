@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["FILE", "MetricsLog", "read_metrics"]
+__all__ = ["FILE", "MetricsLog", "continued", "read_metrics", "write_metrics"]
+
+COUNTED = ("step", "tokens", "seconds")  # what a record counts from the start of its stage
 
 FILE = "metrics.jsonl"
 
@@ -64,6 +66,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
+
+
+def continued(
+    earlier: Sequence[Mapping[str, Any]], later: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records of two runs as one: the later one counts on where the earlier one's stage ended."""
+    ends: dict[int, Mapping[str, Any]] = {record["stage"]: record for record in earlier}
+    found = [dict(record) for record in earlier]
+    for record in later:
+        end = ends.get(record["stage"], {})
+        shift = {key: end.get(key, 0) for key in COUNTED}
+        shift["step"] += bool(end)
+        found.append({**record, **{key: record[key] + shift[key] for key in COUNTED}})
+    return found
+
+
+def write_metrics(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write all records at once."""
+    (folder / FILE).write_text("".join(_line(r) for r in records), encoding="utf-8")
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from edgekit.distill import checkpoint, recipe
 from edgekit.distill.assembly import Assembly, Settings
 from edgekit.distill.folder import claimed, last_evaluation, refuse_changes
 from edgekit.distill.loop import Outcome, Run, train
-from edgekit.distill.metrics import FILE, read_metrics
+from edgekit.distill.metrics import continued, read_metrics, write_metrics
 from edgekit.distill.plot import draw_losses
 from edgekit.distill.processes import Processes, choose_precision
 from edgekit.distill.transfer import TransferStage
@@ -104,9 +104,11 @@ def distill(
             raise UsageError(f"{folder}: there is no run to finish; --finish goes with --resume")
         run = _run(work, folder, choice, saved, started, progress)
         finished = _stages(work, run, saved)
-        records = tuple(StageRecord(**record) for record in run.history)
+        earlier = () if work.init is None else work.init.manifest.training
+        records = (*earlier, *(StageRecord(**record) for record in run.history))
         metrics = last_evaluation(folder)
         if finished and run.leads:
+            metrics = _measured(work, choice)
             _write(work, final, folder, records, metrics, choice, force=force)
     return DistillReport(
         out=final if finished else folder, finished=finished, training=records, metrics=metrics
@@ -145,6 +147,8 @@ def _run(
     progress: Progress | None,
 ) -> Run:
     """What the stages share."""
+    measure = work.held_out(choice)
+    evaluate = None if measure is None else lambda: {"perplexity": measure(work.student)}
     return Run(
         folder=folder,
         processes=work.processes,
@@ -153,7 +157,7 @@ def _run(
         checkpoint_seconds=choice.checkpoint_seconds,
         stop_after=choice.stop_after,
         finish=choice.finish,
-        evaluate=work.evaluation(choice),
+        evaluate=evaluate,
         evaluate_tokens=choice.evaluate_tokens,
         progress=progress,
         history=list(saved.history) if saved else [],
@@ -170,6 +174,14 @@ def _record(stage: int, outcome: Outcome, run: Run) -> dict[str, Any]:
         "loss": outcome.loss,
         "device": run.processes.description,
     }
+
+
+def _measured(work: Assembly, choice: Settings) -> dict[str, Any]:
+    """Figures of the student as it is written, beside its teacher's."""
+    measure = work.held_out(choice)
+    if measure is None:
+        return {}
+    return {"perplexity": measure(work.student), "teacher_perplexity": measure(work.teacher)}
 
 
 def _write(
@@ -198,9 +210,12 @@ def _write(
     )
     with staged(final, force=force, kind="student") as directory:
         write_student(directory, manifest, work.tensors(), dtype=choice.dtype)
-        shutil.copyfile(folder / FILE, directory / FILE)
+        earlier = [] if work.init is None else read_metrics(work.init.directory)
+        curve = continued(earlier, read_metrics(folder))
+        write_metrics(directory, curve)
         with contextlib.suppress(ModuleNotFoundError):  # without matplotlib there is no curve
-            draw_losses(read_metrics(folder), directory / "loss.png")
+            teacher = metrics.get("teacher_perplexity")
+            draw_losses(curve, directory / "loss.png", teacher=teacher)
     shutil.rmtree(folder)
 
 

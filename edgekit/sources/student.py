@@ -80,7 +80,7 @@ class StudentManifest:
         lolcats: options of the `lolcats` layers; None where there are none.
         recipe: every setting of the training, and its `name`.
         data: one record per training file: name, sha256, tokens, and licence where it is known.
-        training: one record per stage, in order.
+        training: one record per stage, in order; those of the student it began from come first.
         metrics: figures measured after training.
         versions: of the packages that trained it.
         files: size and sha256 of `student.safetensors`; filled in by `write_student`.

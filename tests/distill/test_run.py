@@ -245,6 +245,10 @@ def test_begins_from_an_earlier_student(
         settings=Settings(cpu=True, precision="fp32", dtype="float32", held_out=text),
     )
     assert report.metrics["perplexity"] == pytest.approx(whole.metrics["perplexity"], rel=1e-5)
+    assert [(r.stage, r.steps) for r in report.training] == [(1, 4), (2, 4), (2, 4)]
+    curve = read_metrics(report.out)
+    assert [(r["stage"], r["step"]) for r in curve[4:]] == [(2, i) for i in range(8)]
+    assert curve[-1]["tokens"] == 1024
 
 
 def test_refuses_an_earlier_student_that_does_not_fit(
