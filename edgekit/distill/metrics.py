@@ -71,7 +71,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def continued(
     earlier: Sequence[Mapping[str, Any]], later: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The records of two runs as one: the later one counts on where the earlier one's stage ended."""
+    """The records of two runs as one: the later counts on where the earlier one's stage ended."""
     ends: dict[int, Mapping[str, Any]] = {record["stage"]: record for record in earlier}
     found = [dict(record) for record in earlier]
     for record in later:

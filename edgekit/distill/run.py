@@ -196,6 +196,7 @@ def _write(
 ) -> None:
     """The student, whole or not at all; then the run's folder goes."""
     config = work.student.config
+    files = next(iter(work.mixtures.values())).files
     manifest = StudentManifest(
         name=final.name,
         base=work.source.identity,
@@ -203,7 +204,7 @@ def _write(
         lawcat=config.lawcat,
         lolcats=config.lolcats if "lolcats" in config.mixers else None,
         recipe=dump(work.plan),
-        data=tuple(dump(f) for f in next(iter(work.mixtures.values())).files),
+        data=tuple(dump(f) for f in dict.fromkeys(files)),  # some are given more than once
         training=records,
         metrics=metrics,
         versions=_versions(),
