@@ -1,5 +1,8 @@
 """Where a reference must not compute in 16 bits."""
 
+import contextlib
+from contextlib import AbstractContextManager
+
 import torch
 
 __all__ = ["full_precision", "widened"]
@@ -10,6 +13,8 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def full_precision(x: torch.Tensor) -> torch.autocast:
+def full_precision(x: torch.Tensor) -> AbstractContextManager[object]:
     """A block in which autocast does not narrow what is computed on `x`'s device."""
+    if not torch.amp.is_autocast_available(x.device.type):  # such as the meta device
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
