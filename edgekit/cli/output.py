@@ -7,6 +7,7 @@ from typing import Any
 
 from edgekit import config
 from edgekit.errors import UsageError
+from edgekit.markdown import markdown_table
 
 __all__ = ["as_json", "as_markdown", "as_table", "read_text", "size", "write_text"]
 
@@ -35,8 +36,7 @@ def as_table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> s
 
 def as_markdown(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> str:
     """A Markdown table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return markdown_table(rows, headers)
 
 
 def size(count: int | None) -> str:

@@ -1,12 +1,12 @@
 """The picture of an ablation: a square for each variant and layer."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekit.distill.ablation_report import Ablation
+from edgekit.distill.figures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,12 +35,7 @@ def draw_ablation(result: Ablation, out: Path) -> None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
     _label(axes, result)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=160)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_png(figure, out)
 
 
 def _squares(axes: "Axes", result: Ablation) -> Any:

@@ -1,11 +1,12 @@
 """An ablation's figures, and the table that they make."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgekit.distill.estimate import Estimate
 from edgekit.distill.variants import BASE
+from edgekit.markdown import markdown_table
 
 __all__ = ["Ablation", "Scored", "as_markdown"]
 
@@ -89,7 +90,7 @@ def as_markdown(result: Ablation, command: str) -> str:
     rows = [_row(scored, texts) for scored in result.scored] + [_teacher(result, texts)]
     parts = (
         f"# {result.description}",
-        _table(headers, rows),
+        markdown_table(rows, headers),
         "\n".join(f"- {note}" for note in _notes(result)),
         f"Made by:\n\n    {command}",
     )
@@ -122,11 +123,6 @@ def _teacher(result: Ablation, texts: Sequence[str]) -> list[str]:
     found = [f"{result.teacher_perplexity[text]:.2f}" for text in texts]
     state = f"{result.teacher_bytes / 1e3:.1f} kB per token"
     return [f"teacher ({result.teacher})", "", "0", "", *found, state, "", ""]
-
-
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _notes(result: Ablation) -> Iterator[str]:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.config import dump, load
+from edgekit.distill.command import guarded
 from edgekit.distill.metrics import read_metrics
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import UsageError
+from edgekit.markdown import markdown_table
 from edgekit.sources.student import Student, read_student
 
 __all__ = ["Answer", "CardNotes", "Table", "main", "read_notes", "write_card"]
@@ -292,8 +294,7 @@ def _limits(student: Student, notes: CardNotes) -> Iterator[str]:
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *([_escaped(c) for c in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(([_escaped(cell) for cell in row] for row in rows), headers)
 
 
 def _escaped(cell: str) -> str:
@@ -328,12 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("student", type=Path, metavar="STUDENT")
     parser.add_argument("--notes", type=Path, metavar="FILE.json", help="see CardNotes")
     args = parser.parse_args(argv)
-    try:
-        print(write_card(args.student, read_notes(args.notes) if args.notes else None))
-    except EdgekitError as error:
-        print(f"card: error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    def write() -> str:
+        return str(write_card(args.student, read_notes(args.notes) if args.notes else None))
+
+    return guarded("card", write)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The picture of a choice of layers: a bar for each, tall where softmax attention is worth most."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekit.distill.figures import write_png
 from edgekit.distill.layer_choice import Choice
 
 if TYPE_CHECKING:
@@ -26,12 +26,7 @@ def draw_choice(choice: Choice, out: Path) -> None:
     figure = Figure(figsize=(max(4.5, 1.5 + 0.26 * len(choice.ranking)), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     _bars(figure.add_subplot(), choice)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=160)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_png(figure, out)
 
 
 def _bars(axes: "Axes", choice: Choice) -> None:

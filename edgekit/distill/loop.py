@@ -59,7 +59,9 @@ class Run:
     @property
     def over(self) -> bool:
         """Whether `stop_after` has passed, on the first process's clock, for all of them."""
-        late = self.stop_after is not None and time.monotonic() - self.started > self.stop_after
+        if self.stop_after is None:  # the same in every process: nothing to agree on
+            return False
+        late = time.monotonic() - self.started > self.stop_after
         return bool(self.processes.add_up(torch.tensor(float(late and self.leads))))
 
     @property

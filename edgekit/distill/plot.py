@@ -1,6 +1,5 @@
 """Loss against tokens, a panel per stage, and the held-out perplexity below: `loss.png`."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.distill.figures import write_png
 from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def draw_losses(records: Sequence[Record], out: Path, *, teacher: float | None =
         )
         FigureCanvasAgg(figure)
         _draw(figure, stages, evaluated, teacher)
-        _save(figure, out)
+        write_png(figure, out)
 
 
 def _by_stage(records: Sequence[Record]) -> dict[int, list[Record]]:
@@ -211,12 +211,3 @@ def _smooth(values: Array) -> Array:
     columns = values.reshape(len(values), -1).T
     sums = np.stack([np.convolve(column, kernel, "same") for column in columns], axis=1)
     return (sums / counts[:, None]).reshape(values.shape)
-
-
-def _save(figure: "Figure", out: Path) -> None:
-    part = out.with_name(f".{out.name}.part")
-    try:
-        figure.savefig(part, format="png", dpi=160)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from edgekit.eval.comparison import Comparison, Measured
 from edgekit.eval.retrieval import RetrievalOptions
+from edgekit.markdown import markdown_table
 
 __all__ = ["as_markdown"]
 
@@ -107,5 +108,4 @@ def _notes(comparison: Comparison, measured: Sequence[Measured]) -> Iterator[str
 
 
 def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{title}\n\n{markdown_table(rows, headers)}"

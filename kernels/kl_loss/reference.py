@@ -11,6 +11,8 @@ Sums, not means: the caller divides by counts that may span processes. Hinton et
 import torch
 from torch.nn import functional
 
+from edgekit.kernels.precision import widened
+
 __all__ = ["IGNORE", "vocabulary_loss"]
 
 IGNORE = -100  # target of a position that predicts nothing
@@ -36,15 +38,11 @@ def vocabulary_loss(
     Returns:
         Two fp32 (fp64 for fp64 inputs) scalars, in nats: cross-entropy and KL (times tau^2).
     """
-    logits = _wide(hidden @ head.mT)
+    logits = widened(hidden @ head.mT)
     ce = functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     if teacher_hidden is None:
         return ce, ce.new_zeros(())
-    expected = (_wide(teacher_hidden @ head.mT) / temperature).log_softmax(dim=-1)
+    expected = (widened(teacher_hidden @ head.mT) / temperature).log_softmax(dim=-1)
     actual = (logits / temperature).log_softmax(dim=-1)
     kl = functional.kl_div(actual, expected, log_target=True, reduction="sum")
     return ce, kl * temperature**2
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
