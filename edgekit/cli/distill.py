@@ -1,8 +1,8 @@
 """Distil a transformer into a recurrent student: constant memory, constant time per token.
 
 SOURCE is the teacher, as for convert. FILE is text (.txt .md .rst), conversations or texts
-(.jsonl), or datasets:ID[:SPLIT]. The unfinished run lies in STUDENT.run; --resume goes on with it
-exactly. Many processes: `accelerate launch -m edgekit distill …` or torchrun.
+(.jsonl), or datasets:ID[:SPLIT]; FILE@3 counts three times. The unfinished run lies in STUDENT.run;
+--resume goes on with it exactly. Many processes: `accelerate launch -m edgekit distill …`, torchrun.
 """
 
 import argparse

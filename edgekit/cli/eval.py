@@ -65,7 +65,11 @@ def _add_needle_arguments(group: "argparse._ArgumentGroup") -> None:
         "--lengths", type=numbers, default=(1024,), metavar="N,N", help="in tokens (default: 1024)"
     )
     group.add_argument(
-        "--samples", type=natural, default=100, metavar="N", help="of each length (default: 100)"
+        "--samples",
+        type=numbers,
+        default=(100,),
+        metavar="N,N",
+        help="of each length, or one number for all (default: 100)",
     )
     group.add_argument(
         "--depths", type=natural, default=10, metavar="N", help="spread evenly (default: 10)"

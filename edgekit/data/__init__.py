@@ -1,6 +1,6 @@
 """Text, conversations and needles: what models are trained on and measured with."""
 
 from edgekit.data.batch import IGNORE, Batch
-from edgekit.data.mixture import Corpus, Mixture, NeedleShare, open_data, read_corpus
+from edgekit.data.mixture import Corpus, DataFile, Mixture, NeedleShare, read_corpus
 
-__all__ = ["IGNORE", "Batch", "Corpus", "Mixture", "NeedleShare", "open_data", "read_corpus"]
+__all__ = ["IGNORE", "Batch", "Corpus", "DataFile", "Mixture", "NeedleShare", "read_corpus"]

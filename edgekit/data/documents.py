@@ -2,19 +2,29 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import UsageError
 
-__all__ = ["DATASETS", "Document", "Origin", "parsed", "read_documents"]
+__all__ = [
+    "DATASETS",
+    "Document",
+    "Origin",
+    "parsed",
+    "plain_name",
+    "read_documents",
+    "times_given",
+]
 
 TEXT_ENDINGS = (".txt", ".md", ".rst")
 DATASETS = "datasets:"
 ROLES = ("system", "user", "assistant", "tool")
 FORM_FEED = "\f"  # parts the documents of a text file
+TIMES = re.compile(r"@[0-9]+$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +49,27 @@ class Origin:
     name: str
     sha256: str
     documents: tuple[Document, ...]
+
+
+def plain_name(spec: str | Path) -> str:
+    """`spec` without the `@N` that says how often an epoch holds it."""
+    return TIMES.sub("", str(spec))
+
+
+def times_given(specs: Sequence[str | Path]) -> dict[str, int]:
+    """How often an epoch holds each file: `FILE@3` three times, `FILE` once, and repeats add up.
+
+    Raises:
+        UsageError: for `FILE@0`.
+    """
+    times: dict[str, int] = {}
+    for spec in map(str, specs):
+        name = plain_name(spec)
+        count = int(spec[len(name) + 1 :] or 1)
+        if count < 1:
+            raise UsageError(f"{spec} given; allowed after @: 1 or more, how often an epoch has it")
+        times[name] = times.get(name, 0) + count
+    return times
 
 
 def read_documents(spec: str | Path) -> Origin:

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.data.batch import Batch
-from edgekit.data.documents import read_documents
+from edgekit.data.documents import read_documents, times_given
 from edgekit.data.needles import EVALUATION_SEED, KINDS, Sample, make_sample, needs_essay
 from edgekit.data.packing import Row, Stream, as_row, stacked
 from edgekit.data.tokens import ChatLoss, Tokens, completion, tokenise
 from edgekit.errors import UsageError
 from edgekit.runtime.text import Tokenizer
 
-__all__ = ["Corpus", "DataFile", "Mixture", "NeedleShare", "open_data", "read_corpus"]
+__all__ = ["Corpus", "DataFile", "Mixture", "NeedleShare", "read_corpus"]
 
 Progress = Callable[[str, int, int], None]
 BLOCK = 1000  # rows; each block of so many holds the same number of needles
@@ -76,12 +76,14 @@ class DataFile:
         sha256: hex digest of its contents.
         documents: texts and conversations in it.
         tokens: of them all, as this tokenizer counts.
+        times: an epoch holds them.
     """
 
     name: str
     sha256: str
     documents: int
     tokens: int
+    times: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,8 +128,9 @@ def read_corpus(
     """Read and tokenise `files`.
 
     Args:
-        files: `.txt`, `.md`, `.rst`, `.jsonl` or `datasets:ID[:SPLIT]`; none, if all rows are to be
-            needles. See `edgekit.data.documents.read_documents`.
+        files: `.txt`, `.md`, `.rst`, `.jsonl` or `datasets:ID[:SPLIT]`, each with `@N` at its end
+            if an epoch is to hold it N times; none, if all rows are to be needles. See
+            `edgekit.data.documents`.
         tokenizer: of the model; with a chat template if there are conversations.
         eos: the id that ends a text.
         chat_loss: `assistant` learns from the assistant's turns only, `all` from every token.
@@ -136,45 +139,31 @@ def read_corpus(
     Raises:
         UsageError: for a file that is missing, empty, binary or malformed, naming file and line.
     """
+    given = times_given(files)
     records: list[DataFile] = []
     documents: list[Tokens] = []
     convert = functools.partial(tokenise, tokenizer=tokenizer, eos=eos, chat_loss=chat_loss)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tokenizers works without Python's lock
-        for number, file in enumerate(files):
+        for number, (file, times) in enumerate(given.items()):
             if progress is not None:
-                progress(f"reading {Path(file).name}", number, len(files))
+                progress(f"reading {Path(file).name}", number, len(given))
             origin = read_documents(file)
             found = list(pool.map(convert, origin.documents))
-            documents += found
+            documents += found * times
             records.append(
                 DataFile(
                     name=origin.name,
                     sha256=origin.sha256,
                     documents=len(found),
                     tokens=sum(len(document.ids) for document in found),
+                    times=times,
                 )
             )
     return Corpus(files=tuple(records), documents=tuple(documents), tokenizer=tokenizer, eos=eos)
 
 
-def open_data(
-    files: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    *,
-    length: int,
-    seed: int,
-    eos: int,
-    chat_loss: ChatLoss = "assistant",
-    needles: NeedleShare | None = None,
-    progress: Progress | None = None,
-) -> "Mixture":
-    """`read_corpus` and `Corpus.mix` in one; arguments and errors are theirs."""
-    corpus = read_corpus(files, tokenizer, eos=eos, chat_loss=chat_loss, progress=progress)
-    return corpus.mix(length=length, seed=seed, needles=needles)
-
-
 class Mixture:
-    """An endless stream of rows; `open_data` or `Corpus.mix` makes it.
+    """An endless stream of rows; `Corpus.mix` makes it.
 
     Attributes:
         files: where the tokens come from.

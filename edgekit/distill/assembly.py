@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from edgekit.config import dump
-from edgekit.data import Mixture, NeedleShare, read_corpus
+from edgekit.data import DataFile, Mixture, NeedleShare, read_corpus
 from edgekit.distill import recipe
 from edgekit.distill.build import narrow_frozen, student_config, student_over
 from edgekit.distill.heldout import perplexity
@@ -111,7 +111,7 @@ class Assembly:
         fingerprint = {
             "recipe": dump(plan),
             "teacher": opened.identity["sha256"],
-            "data": {f.name: f.sha256 for m in mixtures.values() for f in m.files},
+            "data": _identity(next(iter(mixtures.values())).files),
             "init": None if earlier is None else dump(earlier.manifest.files),
             "precision": processes.precision,
         }
@@ -193,6 +193,14 @@ def _mixtures(
                 needles=share if stage.needles.share else None,
             )
     return mixtures
+
+
+def _identity(files: Sequence[DataFile]) -> dict[str, Any]:
+    """What the rows depend on, by name; two files of one name share a list."""
+    found: dict[str, Any] = {}
+    for file in files:
+        found.setdefault(file.name, []).append(f"{file.sha256}@{file.times}")
+    return found
 
 
 def _essay(path: Path) -> str:

@@ -17,7 +17,7 @@ from edgekit.distill.command import guarded
 from edgekit.distill.metrics import read_metrics
 from edgekit.errors import UsageError
 from edgekit.markdown import markdown_table
-from edgekit.sources.student import Student, read_student
+from edgekit.sources.student import Student, ancestor, read_student
 
 __all__ = ["Answer", "CardNotes", "Table", "main", "read_notes", "write_card"]
 
@@ -160,7 +160,7 @@ def _about(student: Student, notes: CardNotes) -> Iterator[str]:
     rows = [("base", f"{base['name']} ({base['kind']})"), ("sha256 of the base", base["sha256"])]
     rows += [("revision of the base", base["revision"])] if base.get("revision") else []
     rows += [("licence of the base", notes.base_licence), ("licence of the student", notes.licence)]
-    rows += [("layers", _runs(manifest.mixers))]
+    rows += [("layers", _layers(manifest.mixers))]
     rows += [("sha256 of " + name, record.sha256) for name, record in manifest.files.items()]
     yield _table(("", ""), [row for row in rows if row[1]])
 
@@ -172,9 +172,14 @@ def _memory(mixers: Sequence[str]) -> str:
     return f"Memory grows with the length of the text only where softmax stays: {', '.join(kept)}."
 
 
-def _runs(mixers: Sequence[str]) -> str:
+def _layers(mixers: Sequence[str]) -> str:
     named = {m: [i for i, mixer in enumerate(mixers) if mixer == m] for m in sorted(set(mixers))}
     return "; ".join(f"{m}: {', '.join(map(str, layers))}" for m, layers in named.items())
+
+
+def _runs(student: Student) -> list[dict[str, Any]]:
+    """The runs that made it, the first first."""
+    return [*student.manifest.lineage, ancestor(student.manifest)]
 
 
 def _use(student: Student, notes: CardNotes) -> Iterator[str]:
@@ -190,8 +195,9 @@ def _making(student: Student, notes: CardNotes) -> Iterator[str]:
     yield "## How it was made"
     if notes.commands:
         yield _code(*notes.commands)
-    yield "Every setting of the recipe:"
-    yield _code(json.dumps(student.manifest.recipe, indent=1, ensure_ascii=False), language="json")
+    for run in _runs(student):
+        yield f"Every setting of the recipe that made {run['name']}:"
+        yield _code(json.dumps(run["recipe"], indent=1, ensure_ascii=False), language="json")
     options = {"lawcat": dump(student.manifest.lawcat), "lolcats": dump(student.manifest.lolcats)}
     used = {name: value for name, value in options.items() if name in student.manifest.mixers}
     if used:
@@ -200,16 +206,14 @@ def _making(student: Student, notes: CardNotes) -> Iterator[str]:
 
 
 def _data(student: Student, notes: CardNotes) -> Iterator[str]:
-    if not student.manifest.data:
+    runs = _runs(student)
+    records = [{"run": run["name"], **record} for run in runs for record in run["data"]]
+    if not records:
         return
     yield "## Data"
-    licences = notes.data_licences
-    records = [
-        {**record, "licence": licences[record["name"]]}
-        if record.get("name") in licences
-        else record
-        for record in student.manifest.data
-    ]
+    for record in records:
+        if record.get("name") in notes.data_licences:
+            record["licence"] = notes.data_licences[record["name"]]
     keys = list(dict.fromkeys(key for record in records for key in record))
     yield _table(keys, [[_cell(record.get(key, "")) for key in keys] for record in records])
 

@@ -24,7 +24,14 @@ from edgekit.distill.processes import Processes, choose_precision
 from edgekit.distill.transfer import TransferStage
 from edgekit.distill.tuning import TuningStage, inject_pairs
 from edgekit.errors import UsageError
-from edgekit.sources.student import StageRecord, StudentManifest, lowrank_pairs, write_student
+from edgekit.sources.student import (
+    StageRecord,
+    Student,
+    StudentManifest,
+    ancestor,
+    lowrank_pairs,
+    write_student,
+)
 
 __all__ = ["DistillReport", "Settings", "distill"]
 
@@ -69,7 +76,7 @@ def distill(
         source: the teacher, as for `convert`.
         out: the student directory to make; `OUT.run` beside it holds the run until it is done.
         plan: `recipe.load_recipe` gives it.
-        data: text, conversations, data sets; see `edgekit.data.open_data`.
+        data: text, conversations, data sets; see `edgekit.data.read_corpus`.
         haystack: a text for needles of the kinds `niah-2` and `niah-3`.
         init: an earlier student of the same teacher and mixers to start from.
         settings: how to run.
@@ -204,7 +211,8 @@ def _write(
         lawcat=config.lawcat,
         lolcats=config.lolcats if "lolcats" in config.mixers else None,
         recipe=dump(work.plan),
-        data=tuple(dump(f) for f in dict.fromkeys(files)),  # some are given more than once
+        data=tuple(dump(file) for file in files),
+        lineage=_lineage(work.init),
         training=records,
         metrics=metrics,
         versions=_versions(),
@@ -218,6 +226,10 @@ def _write(
             teacher = metrics.get("teacher_perplexity")
             draw_losses(curve, directory / "loss.png", teacher=teacher)
     shutil.rmtree(folder)
+
+
+def _lineage(init: Student | None) -> tuple[dict[str, Any], ...]:
+    return () if init is None else (*init.manifest.lineage, ancestor(init.manifest))
 
 
 def _versions() -> dict[str, str]:

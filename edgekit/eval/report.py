@@ -69,9 +69,10 @@ def _agreement(comparison: Comparison, measured: Sequence[Measured]) -> Iterator
 
 
 def _needles(options: RetrievalOptions, measured: Sequence[Measured]) -> str:
+    samples = ", ".join(map(str, options.samples))
     title = (
-        f"{options.task}: share that is right (95 % Wilson interval) of {options.samples} samples "
-        f"per cell over {options.depths} depths, greedy, at most {options.new_tokens} new tokens"
+        f"{options.task}: share that is right (95 % Wilson interval) of {samples} samples per "
+        f"cell over {options.depths} depths, greedy, at most {options.new_tokens} new tokens"
     )
     rows = []
     for m in measured:

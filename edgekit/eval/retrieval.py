@@ -6,6 +6,8 @@ the answer is the key. Samples of one length are spread evenly over a grid of de
 """
 
 import hashlib
+import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,8 +39,9 @@ class RetrievalOptions:
     Attributes:
         task: one of `edgekit.data.needles.KINDS`.
         lengths: tokens of a prompt and `new_tokens` together, one cell each.
-        samples: of each length.
-        depths: how many depths from 0 to 1 the samples are spread over; 1 means the middle.
+        samples: of each length; one number stands for all lengths.
+        depths: how many depths from 0 to 1 the samples are spread over, the first few of them too;
+            1 means the middle.
         max_new_tokens: of an answer, within the length; None: 16 for a passkey, else 128.
         seed: another one gives other samples.
         batch: prompts answered side by side; None: as many as hold 16384 tokens, at most 16.
@@ -46,7 +49,7 @@ class RetrievalOptions:
 
     task: str
     lengths: tuple[int, ...] = (1024,)
-    samples: int = 100
+    samples: tuple[int, ...] = (100,)
     depths: int = 10
     max_new_tokens: int | None = None
     seed: int = 0
@@ -60,7 +63,12 @@ class RetrievalOptions:
         """
         if self.task not in KINDS:
             raise UsageError(f"task {self.task!r} given; allowed: {', '.join(KINDS)}")
-        counts = {"lengths": min(self.lengths, default=0), "samples": self.samples}
+        if len(self.samples) not in (1, len(self.lengths)):
+            raise UsageError(
+                f"{len(self.samples)} numbers of samples given for {len(self.lengths)} lengths; "
+                "allowed: one for all, or one for each"
+            )
+        counts = {"lengths": min(self.lengths, default=0), "samples": min(self.samples)}
         counts |= {"depths": self.depths, "max-new-tokens": self.new_tokens}
         counts |= {"batch": 1 if self.batch is None else self.batch}
         for name, value in counts.items():
@@ -76,7 +84,15 @@ class RetrievalOptions:
 
     def depth(self, sample: int) -> float:
         """Where sample number `sample` hides its needle."""
-        return 0.5 if self.depths == 1 else sample % self.depths / (self.depths - 1)
+        if self.depths == 1:
+            return 0.5
+        return sample * _stride(self.depths) % self.depths / (self.depths - 1)
+
+    def count(self, length: int) -> int:
+        """Samples of `length`."""
+        if len(self.samples) == 1:
+            return self.samples[0]
+        return self.samples[self.lengths.index(length)]
 
     def rows(self, length: int) -> int:
         """Prompts of `length` answered side by side."""
@@ -174,7 +190,8 @@ class _Run:
         for length in self.options.lengths:
             if self._refusal(length) is not None:
                 continue
-            left = [i for i in range(self.options.samples) if (length, i) not in there]
+            numbers = range(self.options.count(length))
+            left = [i for i in numbers if (length, i) not in there]
             if left:
                 self._sample(length, left[0])  # a length that is too short is refused at once
             rows = self.options.rows(length)
@@ -216,7 +233,7 @@ class _Run:
         refusal = self._refusal(length)
         if refusal is not None:
             return Cell(length=length, refused=refusal)
-        wanted = range(self.options.samples)
+        wanted = range(self.options.count(length))
         return summed(
             length, [r for r in records if r["length"] == length and r["sample"] in wanted]
         )
@@ -240,6 +257,12 @@ class _Run:
         if limit is None or length <= limit:
             return None
         return f"over the context limit of {limit} tokens"
+
+
+def _stride(depths: int) -> int:
+    """A step through the depths, far at each, that comes to all of them."""
+    golden = round(depths * 0.618)
+    return next(step for step in itertools.count(max(golden, 1)) if math.gcd(step, depths) == 1)
 
 
 def _notes(cells: Sequence[Cell]) -> Iterator[str]:

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--window", type=int, default=1024, metavar="N")
     add("--max-tokens", type=int, metavar="N", help="of each text")
     add("--lengths", type=_numbers, default=(1024,), metavar="N,N")
-    add("--samples", type=int, default=100, metavar="N", help="of each length")
+    add("--samples", type=_numbers, default=(100,), metavar="N,N", help="of each length, or all")
     add("--depths", type=int, default=10, metavar="N")
     add("--max-new-tokens", type=int, metavar="N", help="of an answer")
     add("--haystack", type=Path, metavar="FILE", help="essay of niah-2 and niah-3")

@@ -35,6 +35,7 @@ __all__ = [
     "StageRecord",
     "Student",
     "StudentManifest",
+    "ancestor",
     "apply_student",
     "find_student",
     "lowrank_pairs",
@@ -80,6 +81,7 @@ class StudentManifest:
         lolcats: options of the `lolcats` layers; None where there are none.
         recipe: every setting of the training, and its `name`.
         data: one record per training file: name, sha256, tokens, and licence where it is known.
+        lineage: what `ancestor` says of each student that this one goes on from, the first first.
         training: one record per stage, in order; those of the student it began from come first.
         metrics: figures measured after training.
         versions: of the packages that trained it.
@@ -94,6 +96,7 @@ class StudentManifest:
     lolcats: LolcatsConfig | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     data: tuple[dict[str, Any], ...] = ()
+    lineage: tuple[dict[str, Any], ...] = ()
     training: tuple[StageRecord, ...] = ()
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -117,6 +120,16 @@ class Student:
     manifest: StudentManifest
     directory: Path
     tensors: WeightStore
+
+
+def ancestor(manifest: StudentManifest) -> dict[str, Any]:
+    """What a student's descendants keep of how it was made: name, tensors, recipe and data."""
+    return {
+        "name": manifest.name,
+        "sha256": manifest.files[TENSORS].sha256,
+        "recipe": manifest.recipe,
+        "data": list(manifest.data),
+    }
 
 
 def write_student(

@@ -16,7 +16,7 @@ from edgekit.kernels.precision import widened
 
 __all__ = ["vocabulary_loss"]
 
-ROWS = 256  # of logits at a time
+CACHED_ROWS, ROWS = 64, 1024  # of logits at a time: on a CPU, where they must fit its cache; else
 
 
 def vocabulary_loss(
@@ -46,8 +46,9 @@ class _VocabularyLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         ce, kl = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
         grads = (torch.empty_like(hidden), torch.zeros_like(hidden))
-        for start in range(0, hidden.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
+        step = CACHED_ROWS if hidden.device.type == "cpu" else ROWS
+        for start in range(0, hidden.shape[0], step):
+            rows = slice(start, start + step)
             logits = widened(hidden[rows] @ head.mT)
             loss, by_logits = _cross_entropy(logits, targets[rows])
             ce, grads[0][rows] = ce + loss, by_logits.to(head.dtype) @ head
@@ -81,9 +82,10 @@ def _cross_entropy(
 def _divergence(
     logits: torch.Tensor, expected: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed tau^2 KL(expected || logits) of `[R, V]`, and its gradient."""
-    log_p = (logits / temperature).log_softmax(dim=-1)
-    log_q = (expected / temperature).log_softmax(dim=-1)
-    q = log_q.exp()
-    loss = (q * (log_q - log_p)).sum() * temperature**2
+    """Summed tau^2 KL(expected || logits) of `[R, V]`, and its gradient; overwrites both."""
+    if temperature != 1.0:
+        logits, expected = logits.div_(temperature), expected.div_(temperature)
+    log_p, log_q = logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)
+    q = torch.exp(log_q, out=expected)
+    loss = torch.dot(q.flatten(), log_q.sub_(log_p).flatten()) * temperature**2
     return loss, log_p.exp_().sub_(q).mul_(temperature)

@@ -1,5 +1,6 @@
 import collections
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgekit.config import dump
-from edgekit.data import IGNORE, Batch, Mixture, NeedleShare, open_data, read_corpus
+from edgekit.data import IGNORE, Batch, Mixture, NeedleShare, read_corpus
 from edgekit.errors import UsageError
 from edgekit.runtime.text import Tokenizer
 
@@ -30,9 +31,16 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def mixed(
-    files: list[Path], tokenizer: Tokenizer, *, length: int = LENGTH, **options: Any
+    files: Sequence[Path | str],
+    tokenizer: Tokenizer,
+    *,
+    length: int = LENGTH,
+    seed: int = 7,
+    needles: NeedleShare | None = None,
+    **options: Any,
 ) -> Mixture:
-    return open_data(files, tokenizer, **{"length": length, "seed": 7, "eos": EOS, **options})
+    corpus = read_corpus(files, tokenizer, **{"eos": EOS, **options})
+    return corpus.mix(length=length, seed=seed, needles=needles)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -157,6 +165,22 @@ def test_a_corpus_is_read_once_for_several_stages(files: list[Path], tiny: Token
         alone = mixed(files, tiny, length=length, seed=seed, needles=needles)
         assert stage.files == alone.files
         assert same(stage.batch(3, 5), alone.batch(3, 5))
+
+
+@pytest.mark.parametrize("form", ["at", "repeated"])
+def test_a_file_can_come_more_often(files: list[Path], tiny: Tokenizer, form: str) -> None:
+    texts, chats = files
+    given = [f"{texts}@3", chats] if form == "at" else [texts, chats, texts, texts]
+    once, often = mixed(files, tiny), mixed(given, tiny)
+    assert [file.times for file in often.files] == [3, 1]
+    assert often.tokens == 3 * once.files[0].tokens + once.files[1].tokens
+    rows = counted(often.batch(0, often.rows))
+    assert rows[EOS] > 100  # of 120 texts; some end a row and are only predicted
+
+
+def test_a_file_that_never_comes_is_refused(files: list[Path], tiny: Tokenizer) -> None:
+    with pytest.raises(UsageError, match=r"texts.txt@0 given; allowed after @: 1 or more"):
+        mixed([f"{files[0]}@0"], tiny)
 
 
 def test_files_are_recorded(files: list[Path], tiny: Tokenizer) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from edgekit.distill.card import Answer, CardNotes, Table, read_notes, write_card
 from edgekit.errors import SourceError, UsageError
-from edgekit.sources.student import read_student, write_student
+from edgekit.sources.student import ancestor, read_student, write_student
 from edgekit.testing import write_tiny_student
 
 Tiny = Callable[..., Path]
@@ -61,6 +61,17 @@ def card(directory: Path, notes: CardNotes | None = None) -> str:
     assert path == directory / "README.md"
     assert not list(directory.glob(".*"))
     return path.read_text(encoding="utf-8")
+
+
+def test_every_run_that_made_it_is_told(directory: Path) -> None:
+    student = read_student(directory)
+    tensors = {name: student.tensors.tensor(name) for name in student.tensors}
+    first = {**ancestor(student.manifest), "name": "first", "recipe": {"name": "older"}}
+    write_student(directory, replace(student.manifest, lineage=(first,)), tensors)
+    text = card(directory)
+    assert text.index("the recipe that made first:") < text.index("the recipe that made tiny:")
+    assert '"name": "older"' in text
+    assert "| first | a\\|b.txt" in text
 
 
 def test_what_the_files_say(directory: Path) -> None:

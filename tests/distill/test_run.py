@@ -246,6 +246,10 @@ def test_begins_from_an_earlier_student(
     )
     assert report.metrics["perplexity"] == pytest.approx(whole.metrics["perplexity"], rel=1e-5)
     assert [(r.stage, r.steps) for r in report.training] == [(1, 4), (2, 4), (2, 4)]
+    before, after = (read_student(d).manifest for d in (whole.out, report.out))
+    (run,) = after.lineage
+    assert (run["name"], run["recipe"]) == (before.name, before.recipe)
+    assert run["sha256"] == before.files["student.safetensors"].sha256
     curve = read_metrics(report.out)
     assert [(r["stage"], r["step"]) for r in curve[4:]] == [(2, i) for i in range(8)]
     assert curve[-1]["tokens"] == 1024

@@ -14,7 +14,7 @@ Finder = Callable[..., Reader]
 
 def measured(finder: Finder, answer: str | None = None, limit: int = 800) -> Retrieval:
     reader = finder(say=str if answer is None else lambda _: answer, limit=limit)
-    asked = RetrievalOptions(task="passkey", lengths=(400, 700, 900), samples=4, depths=2)
+    asked = RetrievalOptions(task="passkey", lengths=(400, 700, 900), samples=(4,), depths=2)
     return retrieval(reader, asked)
 
 

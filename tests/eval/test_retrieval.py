@@ -23,7 +23,7 @@ Finder = Callable[..., Reader]
 
 
 def options(task: str = "passkey", **changes: object) -> RetrievalOptions:
-    settings = {"lengths": LENGTHS, "samples": 6, "depths": 3, **changes}
+    settings = {"lengths": LENGTHS, "samples": (6,), "depths": 3, **changes}
     return RetrievalOptions(task=task, **settings)
 
 
@@ -81,7 +81,7 @@ def test_bundles_answer_side_by_side_as_alone(
     for batch in (1, 3):
         reader = open_reader(bundles(kind), logits="last", engine=engine)
         journal = tmp_path / f"{batch}.jsonl"
-        asked = options("niah-2", lengths=(900,), samples=3, max_new_tokens=8, batch=batch)
+        asked = options("niah-2", lengths=(900,), samples=(3,), max_new_tokens=8, batch=batch)
         retrieval(reader, asked, haystack=ESSAY, journal=journal)
         records = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
         outputs.append([record["output"] for record in records])
@@ -96,7 +96,7 @@ def test_source_answers_as_its_bundle(
     said = []
     for spec in (checkpoint, bundles("softmax")):
         journal = tmp_path / f"{spec.name}.jsonl"
-        asked = options("niah-1", lengths=(900,), samples=4, max_new_tokens=8)
+        asked = options("niah-1", lengths=(900,), samples=(4,), max_new_tokens=8)
         retrieval(open_reader(spec, logits="last"), asked, journal=journal)
         lines = journal.read_text().splitlines()[1:]
         said.append([json.loads(line)["output"] for line in lines])
@@ -117,13 +117,26 @@ def test_journal_goes_on_where_it_was_killed(finder: Finder, tmp_path: Path) -> 
 
 def test_lengths_and_samples_may_be_added(finder: Finder, tmp_path: Path) -> None:
     journal = tmp_path / "s.jsonl"
-    first = retrieval(finder(), options(lengths=(700,), samples=4), journal=journal)
+    first = retrieval(finder(), options(lengths=(700,), samples=(4,)), journal=journal)
     more = retrieval(finder(), options(), journal=journal)
     assert first.cells[0].samples == 4
     assert [cell.samples for cell in more.cells] == [6, 6]
-    fewer = retrieval(finder(), options(lengths=(1000,), samples=3), journal=journal)
+    fewer = retrieval(finder(), options(lengths=(1000,), samples=(3,)), journal=journal)
     assert [cell.samples for cell in fewer.cells] == [3]
+    each = retrieval(finder(), options(samples=(5, 2)), journal=journal)
+    assert [cell.samples for cell in each.cells] == [5, 2]
     assert len(journal.read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3, 7, 10, 40])
+def test_depths_are_reached_alike_and_far_apart(depths: int) -> None:
+    asked = options(depths=depths)
+    every = [asked.depth(sample) for sample in range(depths)]
+    assert len(set(every)) == depths
+    assert [asked.depth(sample + depths) for sample in range(depths)] == every
+    if depths > 3:
+        few = sorted(every[:4])
+        assert max(b - a for a, b in zip([0.0, *few], [*few, 1.0], strict=True)) < 0.6
 
 
 def test_changed_settings_are_refused_with_their_keys(finder: Finder, tmp_path: Path) -> None:
@@ -156,7 +169,8 @@ def test_short_haystack_is_told(finder: Finder) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 0}, "samples 0 given; allowed: 1 or more"),
+        ({"samples": (0,)}, "samples 0 given; allowed: 1 or more"),
+        ({"samples": (1, 2, 3)}, "3 numbers of samples given for 2 lengths; allowed: one for all"),
         ({"depths": 0}, "depths 0 given"),
         ({"lengths": ()}, "lengths 0 given"),
         ({"max_new_tokens": 0}, "max-new-tokens 0 given"),
@@ -187,7 +201,7 @@ def test_killed_and_run_again(checkpoint: Path, tmp_path: Path) -> None:
         "from edgekit.eval.reader import open_reader;"
         "from edgekit.eval.retrieval import RetrievalOptions, retrieval;"
         "reader = open_reader(sys.argv[1], logits='last');"
-        "asked = RetrievalOptions(task='passkey', lengths=(700,), samples=24, batch=1);"
+        "asked = RetrievalOptions(task='passkey', lengths=(700,), samples=(24,), batch=1);"
         "retrieval(reader, asked, journal=Path(sys.argv[2]))"
     )
     journal = tmp_path / "s.jsonl"

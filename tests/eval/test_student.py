@@ -54,7 +54,7 @@ def test_retrieval_and_identity(student: Path, checkpoint: Path) -> None:
     reader = open_reader(student, logits="last", base=checkpoint)
     assert reader.identity["kind"] == "student"
     assert reader.identity["base"] == open_source(checkpoint).identity
-    asked = RetrievalOptions(task="passkey", lengths=(500,), samples=3, max_new_tokens=4)
+    asked = RetrievalOptions(task="passkey", lengths=(500,), samples=(3,), max_new_tokens=4)
     assert retrieval(reader, asked).cells[0].samples == 3
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import edgekit
 from edgekit.bundle import refuse_existing
 from edgekit.config import dump
-from edgekit.data.documents import DATASETS, TEXT_ENDINGS
+from edgekit.data.documents import DATASETS, TEXT_ENDINGS, plain_name
 from edgekit.distill.burst.pieces import SOFTWARE, Entry, Plan, cut, newest
 from edgekit.distill.burst.software import HERE, archive
 from edgekit.distill.metrics import FILE
@@ -96,12 +96,13 @@ def _moved(arguments: Sequence[str]) -> tuple[list[str], Files]:
     """Arguments with the names that files have there, and the files, the source first."""
     moved, files = [], Files()
     for number, argument in enumerate(arguments):
-        name = f"inputs/{number}/{Path(argument).name}"
-        found = _files(argument, name)
+        plain = plain_name(argument)
+        name = f"inputs/{number}/{Path(plain).name}"
+        found = _files(plain, name)
         if not found and number == 0:
             files += _built_in(argument)
         files += found
-        moved.append(name if found else argument)
+        moved.append(name + argument[len(plain) :] if found else argument)
     return moved, files
 
 
