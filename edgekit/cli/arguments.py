@@ -1,8 +1,9 @@
-"""Arguments that verbs share: number lists, layer ranges, the flags of engine and device."""
+"""Arguments that verbs share: layer ranges, the flags of engine and device."""
 
 import argparse
 from collections.abc import Callable
 
+from edgekit.command import whole
 from edgekit.targets.schema import ENGINES
 
 __all__ = [
@@ -12,23 +13,8 @@ __all__ = [
     "choices",
     "layers",
     "natural",
-    "numbers",
     "positive",
 ]
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers from `0,1024,4096`.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
-    try:
-        return tuple(_whole(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} given; allowed: whole numbers separated by commas, such as 0,1024"
-        ) from None
 
 
 def layers(text: str) -> tuple[int, ...]:
@@ -41,8 +27,8 @@ def layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         try:
-            low = _whole(first)
-            high = _whole(last) if dash else low
+            low = whole(first)
+            high = whole(last) if dash else low
         except ValueError:
             low, high = 1, 0
         if low > high:
@@ -75,7 +61,7 @@ def natural(text: str) -> int:
         argparse.ArgumentTypeError: for anything else.
     """
     try:
-        return _whole(text)
+        return whole(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} given; allowed: a whole number, 0 or more"
@@ -92,12 +78,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} given; allowed: a whole number, 1 or more")
     return value
-
-
-def _whole(text: str) -> int:
-    if not (text.strip().isascii() and text.strip().isdigit()):
-        raise ValueError(text)
-    return int(text)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

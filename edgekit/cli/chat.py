@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.cli.arguments import add_engine
-from edgekit.cli.output import as_json, read_text, write_text
+from edgekit.cli.output import as_json, write_text
 from edgekit.cli.sampling import add_sampling, settings
 from edgekit.errors import EdgekitError, UsageError
+from edgekit.utf8 import read_text
 
 if TYPE_CHECKING:
     from edgekit.runtime import GenerationOptions, GenerationStats, Model

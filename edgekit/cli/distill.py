@@ -2,7 +2,7 @@
 
 SOURCE is the teacher, as for convert. FILE is text (.txt .md .rst), conversations or texts
 (.jsonl), or datasets:ID[:SPLIT]; FILE@3 counts three times. The unfinished run lies in STUDENT.run;
---resume goes on with it exactly. Many processes: `accelerate launch -m edgekit distill …`, torchrun.
+--resume goes on with it exactly. For many processes: torchrun, `accelerate launch -m edgekit …`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgekit.cli.arguments import add_json, layers, positive
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table
-from edgekit.distill.command import setting
+from edgekit.command import setting
 
 if TYPE_CHECKING:
     from edgekit.distill.run import DistillReport

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.bundle import MANIFEST
-from edgekit.cli.arguments import add_engine, add_json, natural, numbers, positive
+from edgekit.cli.arguments import add_engine, add_json, natural, positive
 from edgekit.cli.extras import extra
-from edgekit.cli.output import as_json, as_table, read_text, write_text
+from edgekit.cli.output import as_json, as_table, write_text
+from edgekit.command import numbers
 from edgekit.config import dump
 from edgekit.errors import UsageError
+from edgekit.utf8 import read_text
 
 if TYPE_CHECKING:
     from edgekit.eval.cells import Cell

@@ -9,7 +9,7 @@ from edgekit import config
 from edgekit.errors import UsageError
 from edgekit.markdown import markdown_table
 
-__all__ = ["as_json", "as_markdown", "as_table", "read_text", "size", "write_text"]
+__all__ = ["as_json", "as_markdown", "as_table", "size", "write_text"]
 
 UNITS = ("B", "kB", "MB", "GB")
 
@@ -45,20 +45,6 @@ def size(count: int | None) -> str:
         return "-"
     power = next((p for p in (3, 2, 1) if count >= 1000**p), 0)
     return f"{count / 1000**power:.1f} {UNITS[power]}" if power else f"{count} {UNITS[0]}"
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file.
-
-    Raises:
-        UsageError: if it is missing or not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as cause:
-        raise UsageError(f"{path}: cannot be read ({cause.strerror})") from cause
-    except UnicodeDecodeError as cause:
-        raise UsageError(f"{path}: not UTF-8 text (byte {cause.start})") from cause
 
 
 def write_text(text: str, path: Path | None) -> None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import add_device, choices, numbers, positive
+from edgekit.cli.arguments import add_device, choices, positive
 from edgekit.cli.output import as_json, as_markdown, as_table, size, write_text
+from edgekit.command import numbers
 from edgekit.targets.schema import ENGINES
 
 if TYPE_CHECKING:

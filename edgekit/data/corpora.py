@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.bundle import staged
+from edgekit.command import guarded
 from edgekit.data.archives import Archive, CorpusError, fetch, find, members
 from edgekit.data.austen import novels
 from edgekit.data.brown import GENRES, plain_text
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import UsageError
 
 __all__ = ["ARCHIVES", "build_corpora", "main"]
 
@@ -178,14 +179,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--from", dest="archives", type=Path, help="folder with the archives (default: download)"
     )
     args = parser.parse_args(argv)
-    try:
-        counts = build_corpora(args.out, args.archives)
-    except EdgekitError as error:
-        print(f"corpora: error: {error}", file=sys.stderr)
-        return error.exit_code
-    for file, characters in counts.items():
-        print(f"{file:<22}{characters:>12,} characters")
-    return 0
+    return guarded("corpora", lambda: _built(args))
+
+
+def _built(args: argparse.Namespace) -> str:
+    counts = build_corpora(args.out, args.archives)
+    return "\n".join(f"{file:<22}{count:>12,} characters" for file, count in counts.items())
 
 
 if __name__ == "__main__":

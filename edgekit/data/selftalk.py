@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgekit.command import guarded
 from edgekit.data.quality import flaw_of_answer, flaw_of_question, whole_paragraphs
 from edgekit.data.questions import template_question
 from edgekit.data.talkfile import TalkFile, Turn
 from edgekit.errors import EdgekitError, UsageError
 from edgekit.runtime import load
+from edgekit.utf8 import read_text
 
 if TYPE_CHECKING:
     from edgekit.runtime import Model
@@ -229,11 +231,7 @@ def talk(
 
 
 def _read_questions(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({cause})") from cause
-    questions = [line.strip() for line in lines if line.strip()]
+    questions = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not questions:
         raise UsageError(f"{path}: holds no question; write one on each line")
     return questions
@@ -251,25 +249,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--engine", choices=("openvino", "onnx"))
     args = parser.parse_args(argv)
-    try:
-        settings = TalkSettings(
-            seed=args.seed, batch=args.batch, max_new_tokens=args.max_new_tokens
-        )
-        questions = None if args.questions is None else _read_questions(args.questions)
-        model = load(args.bundle, engine=args.engine)
-        total = talk(
-            model,
-            args.out,
-            args.count,
-            settings,
-            questions=questions,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except EdgekitError as error:
-        print(f"selftalk: error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{args.out}: {total} conversations")
-    return 0
+    return guarded("selftalk", lambda: _talked(args))
+
+
+def _talked(args: argparse.Namespace) -> str:
+    settings = TalkSettings(seed=args.seed, batch=args.batch, max_new_tokens=args.max_new_tokens)
+    questions = None if args.questions is None else _read_questions(args.questions)
+    model = load(args.bundle, engine=args.engine)
+    total = talk(
+        model,
+        args.out,
+        args.count,
+        settings,
+        questions=questions,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return f"{args.out}: {total} conversations"
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgekit.command import Told, guarded, numbers, setting
 from edgekit.config import dump
 from edgekit.distill import checkpoint
 from edgekit.distill.ablation_plot import draw_ablation
 from edgekit.distill.ablation_report import Ablation, as_markdown
 from edgekit.distill.assembly import Progress
-from edgekit.distill.command import Told, guarded, numbers, setting
 from edgekit.distill.folder import claimed
 from edgekit.distill.metrics import FILE, read_metrics
 from edgekit.distill.processes import Processes, choose_precision

@@ -20,6 +20,7 @@ from edgekit.models.decoder import Decoder
 from edgekit.runtime.text import Tokenizer
 from edgekit.sources import Source, open_source
 from edgekit.sources.student import Student, lowrank_tensors, read_student
+from edgekit.utf8 import read_text
 
 __all__ = ["Assembly", "Settings"]
 
@@ -135,10 +136,7 @@ class Assembly:
         """
         if choice.held_out is None:
             return None
-        try:
-            text = choice.held_out.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as cause:
-            raise UsageError(f"{choice.held_out}: cannot be read ({cause}); give UTF-8") from cause
+        text = read_text(choice.held_out)
         ids = self.tokenizer.encode(text, add_special_tokens=False)[: choice.held_out_tokens]
         window = min(512, len(ids))
         if window < 2:
@@ -165,7 +163,7 @@ def _mixtures(
     progress: Progress | None,
 ) -> dict[int, Mixture]:
     """The rows of each stage that has steps."""
-    essay = None if haystack is None else _essay(haystack)
+    essay = None if haystack is None else read_text(haystack)
     stages = {1: plan.transfer, 2: plan.tuning}
     if not any(stage.steps for stage in stages.values()):
         raise UsageError("transfer.tokens and tuning.tokens are both 0: nothing to do")
@@ -201,13 +199,6 @@ def _identity(files: Sequence[DataFile]) -> dict[str, Any]:
     for file in files:
         found.setdefault(file.name, []).append(f"{file.sha256}@{file.times}")
     return found
-
-
-def _essay(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"haystack {path}: cannot be read ({cause}); give UTF-8") from cause
 
 
 def _earlier(

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgekit.command import guarded
 from edgekit.config import dump, load
-from edgekit.distill.command import guarded
 from edgekit.distill.metrics import read_metrics
 from edgekit.errors import UsageError
 from edgekit.markdown import markdown_table

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from edgekit.command import Told, guarded
 from edgekit.config import dump
-from edgekit.distill.command import Told, guarded
 from edgekit.distill.layer_choice import Choice, Restored, pick_layers
 from edgekit.distill.processes import Processes, choose_precision
 from edgekit.distill.texts import read_rows

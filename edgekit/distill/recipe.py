@@ -9,6 +9,7 @@ from typing import Any, Literal
 from edgekit.config import load
 from edgekit.errors import UsageError
 from edgekit.models.config import LawcatConfig, LolcatsConfig
+from edgekit.utf8 import read_text
 
 __all__ = ["Needles", "Recipe", "Transfer", "Tuning", "load_recipe", "recipe_names"]
 
@@ -178,7 +179,7 @@ def load_recipe(spec: str | Path, overrides: dict[str, Any] | None = None) -> Re
         UsageError: for an unknown name, an unreadable file, or a key or value that is not allowed.
     """
     path = Path(spec)
-    name, text = path.stem, _text(path) if path.suffix == ".toml" else _shipped(str(spec))
+    name, text = path.stem, read_text(path) if path.suffix == ".toml" else _shipped(str(spec))
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as cause:
@@ -186,13 +187,6 @@ def load_recipe(spec: str | Path, overrides: dict[str, Any] | None = None) -> Re
     for key, value in (overrides or {}).items():
         _set(data, key.split("."), value)
     return load(Recipe, {"name": name, **data}, where=f"recipe {name}", error=UsageError)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"recipe {path}: cannot be read ({cause})") from cause
 
 
 def _shipped(name: str) -> str:

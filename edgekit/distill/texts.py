@@ -6,6 +6,7 @@ import torch
 
 from edgekit.errors import UsageError
 from edgekit.runtime.text import Tokenizer
+from edgekit.utf8 import read_text
 
 __all__ = ["read_rows"]
 
@@ -25,11 +26,7 @@ def read_rows(path: Path, tokenizer: Tokenizer, *, length: int, tokens: int) -> 
     Raises:
         UsageError: if the text cannot be read, or is shorter than a row.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"{path}: cannot be read ({cause}); give UTF-8 text") from cause
-    ids = torch.from_numpy(tokenizer.encode(text, add_special_tokens=False))[:tokens]
+    ids = torch.from_numpy(tokenizer.encode(read_text(path), add_special_tokens=False))[:tokens]
     rows = len(ids) // length
     if not rows:
         raise UsageError(

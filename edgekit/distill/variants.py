@@ -18,6 +18,7 @@ from edgekit.config import dump, load
 from edgekit.distill.checkpoint import differing_keys
 from edgekit.distill.recipe import Recipe
 from edgekit.errors import UsageError
+from edgekit.utf8 import read_text
 
 __all__ = ["BASE", "Variants", "changes", "load_variants"]
 
@@ -96,9 +97,9 @@ def _check(name: str, changed: Mapping[str, object], where: str) -> None:
 def _toml(path: Path | None, where: str) -> dict[str, Any]:
     shipped = resources.files("edgekit.distill") / SHIPPED
     try:
-        text = shipped.read_text(encoding="utf-8") if path is None else path.read_text("utf-8")
+        text = shipped.read_text(encoding="utf-8") if path is None else read_text(path)
         return tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
+    except (OSError, tomllib.TOMLDecodeError) as cause:
         raise UsageError(f"variants {where}: cannot be read ({cause})") from cause
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.command import guarded
+from edgekit.errors import UsageError
 
 __all__ = ["answers", "main", "plain_questions"]
 
@@ -66,16 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("openvino", "onnx"))
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json")
     args = parser.parse_args(argv)
-    try:
-        records = answers(_named(args.model), plain_questions(), engine=args.engine)
-    except EdgekitError as error:
-        print(f"answers: error: {error}", file=sys.stderr)
-        return error.exit_code
+    return guarded("answers", lambda: _asked(args))
+
+
+def _asked(args: argparse.Namespace) -> str:
+    records = answers(_named(args.model), plain_questions(), engine=args.engine)
     text = json.dumps(records, indent=1, ensure_ascii=False)
-    print(text)
     if args.output is not None:
         args.output.write_text(text + "\n", encoding="utf-8")
-    return 0
+    return text
 
 
 def _named(models: Sequence[str]) -> dict[str, str]:

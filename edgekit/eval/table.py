@@ -16,13 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgekit.command import Told, guarded, numbers
 from edgekit.config import dump
 from edgekit.data.needles import KINDS
-from edgekit.errors import EdgekitError, UsageError
+from edgekit.errors import UsageError
 from edgekit.eval.comparison import TEXT_TASKS, Comparison, compare
 from edgekit.eval.report import as_markdown
 from edgekit.eval.retrieval import RetrievalOptions
 from edgekit.eval.windows import WindowOptions
+from edgekit.utf8 import read_text
 
 __all__ = ["main"]
 
@@ -41,18 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(given)
-    try:
-        text = _made(args, shlex.join(["python", "-m", "edgekit.eval.table", *given]))
-    except EdgekitError as error:
-        print(f"table: error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(text, end="")
-    return 0
+    command = shlex.join(["python", "-m", "edgekit.eval.table", *given])
+    return guarded("table", lambda: _made(args, command).rstrip("\n"))
 
 
 def _made(args: argparse.Namespace, command: str) -> str:
     comparison = _comparison(args)
-    measured = compare(comparison, args.output, _progress)
+    measured = compare(comparison, args.output, Told())
     text = as_markdown(comparison, measured, command)
     (args.output / "table.md").write_text(text, encoding="utf-8")
     data = {"command": command, "models": dump(measured)}
@@ -66,7 +63,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     return Comparison(
         models=_pairs(args.model, "model"),
         text_tasks=tuple(task for task in args.task if task in TEXT_TASKS),
-        texts={name: _read(Path(file)) for name, file in _pairs(args.text, "text").items()},
+        texts={name: read_text(Path(file)) for name, file in _pairs(args.text, "text").items()},
         windows=WindowOptions(window=args.window, max_tokens=args.max_tokens),
         needles=tuple(
             RetrievalOptions(
@@ -81,7 +78,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
             for task in args.task
             if task in KINDS
         ),
-        haystack=None if args.haystack is None else _read(args.haystack),
+        haystack=None if args.haystack is None else read_text(args.haystack),
         teacher=args.teacher,
         engine=args.engine,
         device=args.device,
@@ -103,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher", metavar="SPEC", help="of agreement")
     add("--window", type=int, default=1024, metavar="N")
     add("--max-tokens", type=int, metavar="N", help="of each text")
-    add("--lengths", type=_numbers, default=(1024,), metavar="N,N")
-    add("--samples", type=_numbers, default=(100,), metavar="N,N", help="of each length, or all")
+    add("--lengths", type=numbers, default=(1024,), metavar="N,N")
+    add("--samples", type=numbers, default=(100,), metavar="N,N", help="of each length, or all")
     add("--depths", type=int, default=10, metavar="N")
     add("--max-new-tokens", type=int, metavar="N", help="of an answer")
     add("--haystack", type=Path, metavar="FILE", help="essay of niah-2 and niah-3")
@@ -125,10 +122,6 @@ def _tasks(text: str) -> tuple[str, ...]:
     return found
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def _pairs(given: Sequence[str], what: str) -> dict[str, str]:
     """Names and what they stand for, each name once."""
     found: dict[str, str] = {}
@@ -141,17 +134,6 @@ def _pairs(given: Sequence[str], what: str) -> dict[str, str]:
             )
         found[name] = value
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({cause})") from cause
-
-
-def _progress(name: str, number: int, count: int) -> None:
-    print(f"[{number + 1}/{count}] {name}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

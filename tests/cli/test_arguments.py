@@ -2,7 +2,7 @@ import argparse
 
 import pytest
 
-from edgekit.cli.arguments import choices, layers, natural, numbers, positive
+from edgekit.cli.arguments import choices, layers, natural, positive
 
 
 @pytest.mark.parametrize(
@@ -17,16 +17,6 @@ def test_layers(text: str, expected: tuple[int, ...]) -> None:
 def test_bad_layers_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="such as 0,5-7"):
         layers(text)
-
-
-def test_numbers() -> None:
-    assert numbers("0,1024, 4096") == (0, 1024, 4096)
-
-
-@pytest.mark.parametrize("text", ["", "1k", "1,", "-4", "1-4"])
-def test_bad_numbers_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="such as 0,1024"):
-        numbers(text)
 
 
 def test_choices() -> None:

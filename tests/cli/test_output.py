@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit.cli.output import as_json, as_markdown, as_table, read_text, size, write_text
+from edgekit.cli.output import as_json, as_markdown, as_table, size, write_text
 from edgekit.errors import UsageError
 
 
@@ -26,14 +26,6 @@ def test_json_of_paths_and_tuples() -> None:
 )
 def test_size(count: int | None, text: str) -> None:
     assert size(count) == text
-
-
-def test_unreadable_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(UsageError, match="not UTF-8 text"):
-        read_text(tmp_path / "latin")
-    with pytest.raises(UsageError, match=r"none: cannot be read \(No such file"):
-        read_text(tmp_path / "none")
 
 
 def test_unwritable_output_is_named(tmp_path: Path) -> None:

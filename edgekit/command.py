@@ -1,4 +1,4 @@
-"""What the commands `python -m edgekit.distill.…` share."""
+"""What edgekit's commands share, `python -m edgekit.…` and the verbs of the command line."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 
-__all__ = ["Told", "guarded", "numbers", "setting"]
+__all__ = ["Told", "guarded", "numbers", "setting", "whole"]
 
 SECONDS = 10.0  # between two lines
 
@@ -65,14 +65,25 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers from `1,6,12`.
+    """Whole numbers, 0 or more, from `0,1024,4096`.
 
     Raises:
         argparse.ArgumentTypeError: for anything else.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(whole(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} given; allowed: whole numbers separated by commas"
+            f"{text!r} given; allowed: whole numbers separated by commas, such as 0,1024"
         ) from None
+
+
+def whole(text: str) -> int:
+    """A number of digits alone, 0 or more.
+
+    Raises:
+        ValueError: for anything else, `1_000` and other digits than 0 to 9 too.
+    """
+    if not (text.strip().isascii() and text.strip().isdigit()):
+        raise ValueError(text)
+    return int(text)
