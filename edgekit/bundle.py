@@ -41,7 +41,12 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MANIFEST = "edgekit.json"
-MARKERS = {"bundle": MANIFEST, "student": "student.json"}  # the file that tells what a directory is
+MARKERS = {  # the file that tells what a directory is
+    "bundle": MANIFEST,
+    "student": "student.json",
+    "adapter": "adapter_config.json",
+}
+Kind = Literal["bundle", "student", "adapter"]
 PARTIAL, OLD = ".edgekit-partial", ".edgekit-old"  # endings of siblings that live during a write
 ENGINE_FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
@@ -215,9 +220,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def staged(
-    out: Path | str, *, force: bool = False, kind: Literal["bundle", "student"] = "bundle"
-) -> Iterator[Path]:
+def staged(out: Path | str, *, force: bool = False, kind: Kind = "bundle") -> Iterator[Path]:
     """A directory to fill; it becomes `out` when the block ends well and vanishes otherwise.
 
     What an earlier run left because it was killed is put right first. A link at `out` is followed.
