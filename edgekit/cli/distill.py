@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     running.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     running.add_argument(
+        "--shard", action="store_true", help="spread frozen weights over the processes (FSDP)"
+    )
+    running.add_argument(
         "--held-out", type=Path, metavar="FILE", help="text for the learning curve"
     )
     running.add_argument(
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(
         precision=args.precision,
         cpu=args.cpu,
+        shard=args.shard,
         held_out=args.held_out,
         evaluate_tokens=args.evaluate_tokens,
         checkpoint_seconds=args.checkpoint_seconds,

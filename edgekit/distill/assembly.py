@@ -13,6 +13,7 @@ from edgekit.distill import recipe
 from edgekit.distill.build import narrow_frozen, student_config, student_over
 from edgekit.distill.heldout import perplexity
 from edgekit.distill.processes import Precision, Processes
+from edgekit.distill.sharding import place_unsharded, shard_frozen
 from edgekit.distill.transfer import new_parameters
 from edgekit.distill.tuning import pairs
 from edgekit.errors import UsageError
@@ -34,6 +35,7 @@ class Settings:
     Attributes:
         precision: of matrix products; `auto` takes bf16 where the hardware has it.
         cpu: use the CPU where there is a GPU too.
+        shard: spread the frozen matrices over the processes (FSDP).
         held_out: text that the student is measured on as it learns.
         held_out_tokens: of that text, from its beginning.
         evaluate_tokens: trained tokens between two measurements; None: at a stage's end only.
@@ -45,6 +47,7 @@ class Settings:
 
     precision: Precision | Literal["auto"] = "auto"
     cpu: bool = False
+    shard: bool = False
     held_out: Path | None = None
     held_out_tokens: int = 8192
     evaluate_tokens: int | None = None
@@ -102,10 +105,14 @@ class Assembly:
         earlier = None if init is None else _earlier(init, opened, config.mixers, plan)
         tokenizer = Tokenizer(opened.directory)
         mixtures = _mixtures(opened, plan, data, haystack, tokenizer, progress)
-        teacher = Decoder.from_store(opened.config, opened.weights).to(processes.device)
+        teacher = Decoder.from_store(opened.config, opened.weights)
         teacher.requires_grad_(False)
         if processes.precision == "bf16":
             narrow_frozen(teacher)
+        if processes.shards:
+            place_unsharded(teacher, processes.device)
+        else:
+            teacher.to(processes.device)
         trained = None
         if earlier is not None:
             trained = {name: earlier.tensors.tensor(name) for name in earlier.tensors}
@@ -116,11 +123,14 @@ class Assembly:
             "init": None if earlier is None else dump(earlier.manifest.files),
             "precision": processes.precision,
         }
+        student = student_over(teacher, config, trained)
+        if processes.shards:
+            shard_frozen(teacher, student, processes.device, processes.count)
         return cls(
             source=opened,
             plan=plan,
             teacher=teacher,
-            student=student_over(teacher, config, trained),
+            student=student,
             init=earlier,
             tokenizer=tokenizer,
             mixtures=mixtures,

@@ -36,7 +36,7 @@ class Run:
         checkpoint_seconds: between checkpoints.
         finish: take no further step.
         stop_after: seconds after which a stage saves itself and stops; None: at its end only.
-        evaluate: figures of the student as it is, such as its perplexity; on the first process.
+        evaluate: figures of the student as it is, such as its perplexity; in every process.
         evaluate_tokens: between evaluations; None: only at a stage's end.
         progress: called with a step's name, its number and the count of steps.
         history: records of the stages that are over.
@@ -213,7 +213,7 @@ class _Stepper:
         """What the record of a step says of an evaluation, if one is due after it."""
         run, every = self._run, self._run.evaluate_tokens
         due = every is not None and before // every < at.tokens // every
-        if run.evaluate is None or not run.leads or not (due or at.step == self._config.steps):
+        if run.evaluate is None or not (due or at.step == self._config.steps):
             return {}
         return {"eval": run.evaluate()}
 

@@ -18,20 +18,22 @@ Precision = Literal["fp32", "bf16"]
 class Processes:
     """The processes of one run, started by `accelerate launch`, torchrun, or alone.
 
-    Every process holds the whole student and reads its rows of each step; gradients are summed once
-    a step in one flat tensor, since what is trained is a small part of the model.
+    Every process holds all that is trained and reads its rows of each step; gradients are summed
+    once a step in one flat tensor, since what is trained is a small part of the model. What is
+    frozen is whole in each too, or spread over them (`sharding`).
     """
 
-    def __init__(self, precision: Precision, *, cpu: bool = False) -> None:
+    def __init__(self, precision: Precision, *, cpu: bool = False, shard: bool = False) -> None:
         """Join the group that the launcher describes in the environment.
 
         Args:
             precision: of matrix products; parameters stay fp32.
             cpu: use the CPU where there is a GPU too.
+            shard: spread the frozen matrices; of no effect in a process alone.
         """
         # Without this, accelerate overlooks the launcher on a machine that has no GPU.
         self._accelerator = Accelerator(cpu=cpu or not torch.accelerator.is_available())
-        self.precision = precision
+        self.precision, self._shard = precision, shard
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -52,6 +54,11 @@ class Processes:
         return int(self._accelerator.num_processes)
 
     @property
+    def shards(self) -> bool:
+        """Whether the frozen matrices are spread over the processes."""
+        return self._shard and self.count > 1
+
+    @property
     def description(self) -> str:
         """Device, precision and processes, for records."""
         if self.device.type == "cuda":
@@ -59,7 +66,8 @@ class Processes:
         else:
             name = f"CPU, {torch.get_num_threads()} threads"
         shared = f", {self.count} processes" if self.count > 1 else ""
-        return f"{name}, {self.precision}{shared}"
+        sharded = ", frozen weights sharded" if self.shards else ""
+        return f"{name}, {self.precision}{shared}{sharded}"
 
     def autocast(self) -> AbstractContextManager[object]:
         """Enters the precision of matrix products."""

@@ -95,7 +95,8 @@ def distill(
     """
     started = time.monotonic()
     choice = settings or Settings()
-    processes = Processes(choose_precision(choice.precision, cpu=choice.cpu), cpu=choice.cpu)
+    precision = choose_precision(choice.precision, cpu=choice.cpu)
+    processes = Processes(precision, cpu=choice.cpu, shard=choice.shard)
     final = Path(os.path.realpath(out))
     refuse_existing(final, force, "student")
     folder = final.with_name(f"{final.name}.run")
@@ -114,8 +115,9 @@ def distill(
         earlier = () if work.init is None else work.init.manifest.training
         records = (*earlier, *(StageRecord(**record) for record in run.history))
         metrics = last_evaluation(folder)
+        if finished:
+            metrics = _measured(work, choice)  # by all: sharded weights need every process
         if finished and run.leads:
-            metrics = _measured(work, choice)
             _write(work, final, folder, records, metrics, choice, force=force)
     return DistillReport(
         out=final if finished else folder, finished=finished, training=records, metrics=metrics

@@ -35,9 +35,14 @@ class TorchBatch:
         return int((self.targets != IGNORE).sum())
 
     def rows(self, start: int, stop: int) -> "TorchBatch":
-        """Some of the rows."""
-        mask = None if self.mask is None else self.mask[start:stop]
-        return TorchBatch(self.ids[start:stop], self.targets[start:stop], mask)
+        """Some of the rows, without the columns at their end that are padding in all of them."""
+        ids, targets = self.ids[start:stop], self.targets[start:stop]
+        if self.mask is None:
+            return TorchBatch(ids, targets, None)
+        mask = self.mask[start:stop]
+        width = int(mask.any(dim=0).sum())
+        mask = mask[:, :width]
+        return TorchBatch(ids[:, :width], targets[:, :width], None if mask.all() else mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,7 +92,11 @@ def test_killed_run_goes_on_exactly(
     slow = "import time, torch; step = torch.optim.AdamW.step; torch.optim.AdamW.step = "
     slow += "lambda *a, **k: (time.sleep(0.6), step(*a, **k))[1]"
     code = f"{slow}; import sys; from edgekit.cli.main import main; sys.exit(main({command!r}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: more threads add up in other orders
+    )
     folder = tmp_path / "student.run"
     _await(lambda: any(s == stage and n >= 2 for s, n, _ in losses(folder)), process)
     process.send_signal(signal.SIGKILL)
@@ -218,13 +222,19 @@ def test_loss_that_explodes_stops_and_names_the_layer(
     assert all(t.isfinite().all() for n, t in tensors.items() if n.startswith("parameter."))
 
 
+@pytest.mark.parametrize("options", [(), ("--shard",)], ids=["whole", "sharded"])
 def test_two_processes_learn_what_one_learns(
-    whole: DistillReport, teacher_directory: Path, text: Path, small: list[str], tmp_path: Path
+    whole: DistillReport,
+    teacher_directory: Path,
+    text: Path,
+    small: list[str],
+    tmp_path: Path,
+    options: tuple[str, ...],
 ) -> None:
     out = tmp_path / "student"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "edgekit", "distill", str(teacher_directory), "-o", str(out), "--data"]
-    command += [str(text), "--precision", "fp32", *small]
+    command += [str(text), "--precision", "fp32", "--held-out", str(text), *small, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -67,6 +67,19 @@ def test_padding_changes_neither_loss_nor_gradient(
         assert_close(name, grad, with_padding[name], ratio=TOLERANCE["float32"])
 
 
+def test_rows_drop_the_columns_that_are_padding_in_all_of_them(ids: torch.Tensor) -> None:
+    batch = padded(ids, 9)
+    assert batch.mask is not None
+    batch.mask[0, 4:] = 0
+    short, mixed, full = batch.rows(0, 1), batch.rows(0, 2), batch.rows(1, 2)
+    assert short.mask is full.mask is None
+    assert short.ids.tolist() == batch.ids[:1, :4].tolist()
+    assert full.ids.tolist() == ids[1:2].tolist()
+    assert mixed.ids.shape == mixed.targets.shape == (2, ids.shape[1])
+    assert mixed.mask is not None
+    assert (mixed.positions, short.positions + full.positions) == (4 + ids.shape[1],) * 2
+
+
 def test_variance_ignores_padding(pair: Pair, ids: torch.Tensor) -> None:
     stage = stage_over(pair)
     measured = []
