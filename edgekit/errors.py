@@ -1,6 +1,7 @@
 """Errors raised on purpose: one line of what was given, what is allowed, what to do."""
 
 __all__ = [
+    "AdapterError",
     "BundleError",
     "EdgekitError",
     "EngineError",
@@ -30,6 +31,10 @@ class SourceError(EdgekitError):
 
 class UnsupportedError(SourceError):
     """A source is sound but of an architecture or setting that edgekit does not express."""
+
+
+class AdapterError(EdgekitError):
+    """An adapter is missing, damaged, of an unknown kind, or does not fit the model."""
 
 
 class BundleError(EdgekitError):

@@ -49,6 +49,10 @@ class LowRank:
         """Size of both matrices as they are stored."""
         return self.a.nbytes + self.b.nbytes
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be folded."""
+        return shape == self.shape
+
     def fold(self, weight: torch.Tensor) -> torch.Tensor:
         """W + B A in fp32, as a new tensor.
 
@@ -58,7 +62,7 @@ class LowRank:
         Raises:
             UsageError: if the weight has another shape.
         """
-        if tuple(weight.shape) != self.shape:
+        if not self.fits(tuple(weight.shape)):
             raise UsageError(
                 f"low rank: a weight {list(weight.shape)} given; this fits {list(self.shape)}"
             )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgekit.adapters.aflora import fold_to_lora
-from edgekit.adapters.aflora.fold import balanced
-from edgekit.errors import BundleError, UsageError
+from edgekit.errors import AdapterError, BundleError
+from edgekit.runtime.lowrank import Pair, balanced
 from edgekit.testing import TOLERANCE, assert_close
 
 Make = Callable[..., nn.Module]
@@ -64,14 +65,16 @@ def test_stock_peft_loads_it(saved: tuple[nn.Module, Path], tmp_path: Path) -> N
 
 
 def test_balance_changes_nothing_but_norms() -> None:
-    random = torch.Generator().manual_seed(0)
-    a, b = torch.randn(4, 7, generator=random) * 1e-3, torch.randn(5, 4, generator=random) * 1e2
+    random = np.random.default_rng(0)
+    a = random.standard_normal((4, 7), np.float32) * np.float32(1e-3)
+    b = random.standard_normal((5, 4), np.float32) * np.float32(1e2)
     b[:, 2] = 0
-    even_a, even_b = balanced(a, b)
-    assert_close("product", b @ a, even_b @ even_a, ratio=TOLERANCE["float32"])
+    even = balanced(Pair(a, b))
+    assert_close("product", b @ a, even.b @ even.a, ratio=TOLERANCE["float32"])
     kept = [0, 1, 3]
-    assert torch.allclose(even_a.norm(dim=1)[kept], even_b.norm(dim=0)[kept])
-    assert torch.equal(even_a[2], a[2])
+    norms = np.linalg.norm(even.a, axis=1), np.linalg.norm(even.b, axis=0)
+    assert norms[0][kept] == pytest.approx(norms[1][kept], rel=1e-5)
+    assert np.array_equal(even.a[2], a[2])
 
 
 def damaged(directory: Path, **changes: object) -> None:
@@ -100,23 +103,23 @@ def test_damaged_adapters_are_refused(
     saved: tuple[nn.Module, Path], tmp_path: Path, change: dict[str, bool], message: str
 ) -> None:
     damaged(saved[1], **change)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(AdapterError, match=message):
         fold_to_lora(saved[1], tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
 def test_what_is_no_aflora_adapter(tmp_path: Path, saved: tuple[nn.Module, Path]) -> None:
-    with pytest.raises(UsageError, match="cannot be read as JSON"):
+    with pytest.raises(AdapterError, match="cannot be read as JSON"):
         fold_to_lora(tmp_path, tmp_path / "lora")
     config = saved[1] / "adapter_config.json"
     config.write_text(config.read_text().replace('"AFLORA"', '"LORA"'))
-    with pytest.raises(UsageError, match="peft_type 'LORA' given; allowed: 'AFLORA'"):
+    with pytest.raises(AdapterError, match="peft_type 'LORA' given; allowed: 'AFLORA'"):
         fold_to_lora(saved[1], tmp_path / "lora")
 
 
 def test_pickles_are_not_read(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     (saved[1] / "adapter_model.safetensors").rename(saved[1] / "adapter_model.bin")
-    with pytest.raises(UsageError, match="pickled weights are not read"):
+    with pytest.raises(AdapterError, match="pickled weights are not read"):
         fold_to_lora(saved[1], tmp_path / "lora")
 
 

@@ -1,18 +1,14 @@
 """The settings of an AFLoRA adapter, as `adapter_config.json` keeps them."""
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from peft import PeftConfig, PeftType
-from peft.utils.other import get_pattern_key
 
 from edgekit.adapters.plan import FreezePlan
 from edgekit.errors import UsageError
 
-__all__ = ["AFLoraConfig", "by_pattern"]
-
-
-T = TypeVar("T")
+__all__ = ["AFLoraConfig"]
 
 
 @dataclass
@@ -119,8 +115,3 @@ class AFLoraConfig(PeftConfig):
             beta2=self.beta2,
             cadence=self.score_cadence,  # type: ignore[arg-type]
         )
-
-
-def by_pattern(patterns: dict[str, T], name: str, default: T) -> T:
-    """The value whose key, a module's name or a pattern of its end, fits `name`, as PEFT has it."""
-    return patterns.get(get_pattern_key(list(patterns), name), default)

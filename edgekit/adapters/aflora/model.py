@@ -16,11 +16,12 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from edgekit.adapters.aflora.config import AFLoraConfig, by_pattern
+from edgekit.adapters.aflora.config import AFLoraConfig
 from edgekit.adapters.aflora.layer import AFLoraLayer, Linear
 from edgekit.adapters.controller import FreezeController, FreezeEvent
 from edgekit.adapters.projections import Projection, freeze
 from edgekit.errors import UsageError
+from edgekit.runtime.adapter_file import by_pattern
 
 __all__ = ["AFLoraModel", "frozen_at_init"]
 
