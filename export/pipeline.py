@@ -22,10 +22,13 @@ from edgekit.bundle import (
 )
 from edgekit.config import dump
 from edgekit.export import text_files
+from edgekit.export.fidelity import Fidelity, measure_fidelity
 from edgekit.export.plan import Plan, check_choices, make_plan
 from edgekit.export.states import input_names, state_records
 from edgekit.export.verify import Verification, bounds_for, verification_tokens, verify_engine
 from edgekit.sources import open_source
+from edgekit.sources.adapted import LiNeS
+from edgekit.sources.adapters import AdapterChoice, parse_choice
 from edgekit.targets.schema import ENGINES
 
 __all__ = ["ConvertReport", "convert"]
@@ -53,6 +56,7 @@ class ConvertReport:
         write_peak_rss_bytes: the same before verification began.
         model_bytes: size of each engine's graph and weights.
         verification: how far each engine is from PyTorch; empty if it was not asked for.
+        fidelity: what each engine's rounding leaves of the adapters; empty without any.
         notes: what the user should know.
     """
 
@@ -62,6 +66,7 @@ class ConvertReport:
     write_peak_rss_bytes: int
     model_bytes: dict[str, int]
     verification: dict[str, Verification]
+    fidelity: tuple[Fidelity, ...]
     notes: tuple[str, ...]
 
 
@@ -78,6 +83,10 @@ def convert(
     target: str = "auto",
     onnx_ops: str | None = None,
     calibration: str | Path | None = None,
+    adapters: Sequence[str | Path | AdapterChoice] = (),
+    adapter_mode: str | None = None,
+    lines: tuple[float, float] | None = None,
+    untie: bool = False,
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -97,6 +106,12 @@ def convert(
         target: device profile, or `auto`.
         onnx_ops: `contrib` (default) for ONNX Runtime's fused operators, or `portable`.
         calibration: text file for data-aware int4 of the OpenVINO graph.
+        adapters: PEFT adapters of `source`, each `PATH` or `PATH:WEIGHT`, merged in fp32 before
+            anything is rounded.
+        adapter_mode: `merge` (default), or `side-path` to keep low-rank adapters exact beside
+            rounded weights.
+        lines: factors of the adapters' differences in the first and the last layer (LiNeS).
+        untie: where an adapter changes a head that is the embedding too, give it its own.
         verify: compare both engines with PyTorch, and fail above `verify.bounds_for`.
         force: replace an existing bundle at `out`.
         progress: called with the step's name, its number and the count of steps.
@@ -109,6 +124,7 @@ def convert(
         EngineError: if an engine needed for verification is not installed.
         SourceError: if the source or student cannot be read, is not supported, or the student is
             of another base.
+        AdapterError: if an adapter cannot be read, is of an unknown kind, or does not fit.
         BundleError: if `out` exists or cannot be written.
         VerificationError: if the bundle differs too much; nothing is left at `out`.
 
@@ -117,6 +133,8 @@ def convert(
         >>> convert("smollm2-135m-instruct", "out", weights="int4")  # doctest: +SKIP
     """
     started = time.perf_counter()
+    choices = [a if isinstance(a, AdapterChoice) else parse_choice(str(a)) for a in adapters]
+    factors = None if lines is None else LiNeS(first=lines[0], last=lines[1])
     check_choices(
         student=student,
         mixer=mixer,
@@ -125,6 +143,10 @@ def convert(
         weights=weights,
         formats=formats,
         onnx_ops=onnx_ops,
+        adapters=choices,
+        adapter_mode=adapter_mode,
+        lines=factors,
+        untie=untie,
         verify=verify,
     )
     with staged(out, force=force) as work:
@@ -139,9 +161,14 @@ def convert(
             target=target,
             onnx_ops=onnx_ops,
             calibration=calibration,
+            adapters=choices,
+            adapter_mode=adapter_mode,
+            lines=factors,
+            untie=untie,
         )
         tell = _teller(plan.progress_steps(verify), progress)
-        manifest = _write(plan, work, tell)
+        fidelity = _fidelity(plan, tell)
+        manifest = _write(plan, work, fidelity, tell)
         write_peak = _peak_rss()
         results = _verify(plan, work, tell) if verify else {}
         tell("checksums")
@@ -154,7 +181,8 @@ def convert(
         write_peak_rss_bytes=write_peak,
         model_bytes=sizes,
         verification=results,
-        notes=plan.notes,
+        fidelity=fidelity,
+        notes=(*plan.notes, *_warnings(fidelity)),
     )
 
 
@@ -166,14 +194,44 @@ def _teller(steps: list[str], progress: Progress | None) -> Callable[[str], None
     return tell
 
 
-def _write(plan: Plan, work: Path, tell: Callable[[str], None]) -> Manifest:
+def _fidelity(plan: Plan, tell: Callable[[str], None]) -> tuple[Fidelity, ...]:
+    """What is left of merged adapters; beside the weights they are exact."""
+    if plan.plain is None or plan.adapter_mode != "merge":
+        return ()
+    tell("measure adapters")
+    return tuple(
+        measure_fidelity(
+            plan.plain,
+            plan.weights,
+            plan.adapted_modules,
+            engine=engine,
+            weights=plan.weights_format,
+            group_size=plan.group_size,
+        )
+        for engine in plan.formats
+    )
+
+
+def _warnings(fidelity: tuple[Fidelity, ...]) -> list[str]:
+    return [
+        f"Rounding to {f.weights} for {f.engine} is louder than the adapter in {f.loud} of "
+        f"{len(f.modules)} modules (median {f.noise:.1f} times); --adapter-mode side-path keeps "
+        "it exact."
+        for f in fidelity
+        if f.loud
+    ]
+
+
+def _write(
+    plan: Plan, work: Path, fidelity: tuple[Fidelity, ...], tell: Callable[[str], None]
+) -> Manifest:
     tell("tokenizer")
     text_files.write_configs(plan.source, plan.config, work)
     text_files.write_tokenizer(plan.source, work)
     for engine in plan.formats:
         tell(f"write {engine}")
         (_write_openvino if engine == "openvino" else _write_onnx)(plan, work)
-    manifest = _manifest(plan, work)
+    manifest = _manifest(plan, work, fidelity)
     write_manifest(work, manifest)
     return manifest
 
@@ -217,7 +275,8 @@ def _verify(plan: Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Ve
     results = {}
     for engine in plan.formats:
         tell(f"verify {engine}")
-        results[engine] = verify_engine(work, engine, ids, plan.config, plan.weights, bounds)
+        weights = plan.weights if plan.reference is None else plan.reference
+        results[engine] = verify_engine(work, engine, ids, plan.config, weights, bounds)
     return results
 
 
@@ -228,7 +287,7 @@ def _encoder(work: Path) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _manifest(plan: Plan, work: Path) -> Manifest:
+def _manifest(plan: Plan, work: Path, fidelity: tuple[Fidelity, ...]) -> Manifest:
     config = plan.config
     facts = ModelFacts(
         family=config.family,
@@ -249,7 +308,7 @@ def _manifest(plan: Plan, work: Path) -> Manifest:
         weights=plan.weights_format,
         engines=plan.formats,
         target=plan.target,
-        pipeline=plan.manifest_steps(),
+        pipeline=plan.manifest_steps(dump(fidelity)),
         versions=_versions(),
         files=describe_files(work),
     )

@@ -1,7 +1,7 @@
 """The checked arguments of one conversion; what can be refused is refused here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import with_fresh_mixers
 from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
+from edgekit.sources.adapted import LiNeS, adapted
+from edgekit.sources.adapters import Adapter, AdapterChoice
 from edgekit.sources.base import sha256_of
 from edgekit.sources.student import Student, apply_student, read_student
 from edgekit.targets.schema import ENGINES, WEIGHTS
@@ -22,6 +24,7 @@ from edgekit.targets.schema import ENGINES, WEIGHTS
 __all__ = ["Plan", "check_choices", "make_plan"]
 
 ONNX_OPS = ("contrib", "portable")
+ADAPTER_MODES = ("merge", "side-path")
 STATE_SHARING = ("q_head", "kv_head")
 OPTIONS = ("lawcat", "lolcats")  # mixers whose options stand in the configuration
 DEFAULT_MIXER = "softmax"
@@ -43,6 +46,11 @@ class Plan:
         target: name of the device profile.
         calibration: text for data-aware int4 of the OpenVINO graph, and its file's name.
         student: what the mixers were trained as; None where they are the source's or fresh.
+        adapters: what is merged into the weights, or stands beside them.
+        adapter_mode: `merge` or `side-path`.
+        lines: factor of the adapters by depth.
+        plain: the tensors without the adapters; None where there are none.
+        reference: what the bundle must say; None: `weights`.
     """
 
     source: Source
@@ -55,6 +63,16 @@ class Plan:
     target: str
     calibration: tuple[str, str] | None
     student: Student | None = None
+    adapters: tuple[Adapter, ...] = ()
+    adapter_mode: str = "merge"
+    lines: LiNeS = field(default_factory=LiNeS)
+    plain: WeightStore | None = None
+    reference: WeightStore | None = None
+
+    @property
+    def adapted_modules(self) -> frozenset[str]:
+        """Modules that an adapter changes."""
+        return frozenset(module for adapter in self.adapters for module in adapter.artefacts)
 
     @property
     def trained(self) -> bool:
@@ -71,11 +89,18 @@ class Plan:
         """What the progress bar counts."""
         writing = [f"write {engine}" for engine in self.formats]
         checking = [f"verify {engine}" for engine in self.formats] if verify else []
-        return ["tokenizer", *writing, *checking, "checksums"]
+        adapting = ["measure adapters"] if self.adapters and self.adapter_mode == "merge" else []
+        return [*adapting, "tokenizer", *writing, *checking, "checksums"]
 
-    def manifest_steps(self) -> tuple[dict[str, Any], ...]:
-        """The pipeline with its settings, as the manifest keeps it."""
+    def manifest_steps(self, fidelity: Sequence[Any] = ()) -> tuple[dict[str, Any], ...]:
+        """The pipeline with its settings, as the manifest keeps it.
+
+        Args:
+            fidelity: JSON-ready, what rounding left of the adapters.
+        """
         steps: list[dict[str, Any]] = [{"step": "load", "notes": list(self.source.notes)}]
+        if self.adapters:
+            steps.append(self._adapters_step(fidelity))
         if self.student is not None:
             steps.append(_student_step(self.student))
         if not self.trained:
@@ -88,6 +113,15 @@ class Plan:
             steps.append({"step": "onnx", "ops": self.onnx_ops})
         return tuple(steps)
 
+    def _adapters_step(self, fidelity: Sequence[Any]) -> dict[str, Any]:
+        return {
+            "step": "adapters",
+            "mode": self.adapter_mode,
+            "lines": dump(self.lines),
+            "adapters": [_adapter_record(adapter) for adapter in self.adapters],
+            "fidelity": list(fidelity),
+        }
+
     def _openvino_step(self) -> dict[str, Any]:
         step: dict[str, Any] = {"step": "openvino"}
         if self.weights_format == "int4":
@@ -95,6 +129,18 @@ class Plan:
         if self.calibration is not None:
             step["calibration"] = self.calibration[1]
         return step
+
+
+def _adapter_record(adapter: Adapter) -> dict[str, Any]:
+    tuning = adapter.tuning or {}
+    return {
+        "name": adapter.name,
+        "kind": adapter.file.kind,
+        "weight": adapter.weight,
+        "sha256": adapter.file.sha256,
+        "modules": len(adapter.artefacts),
+        "trained_on": {"base": tuning.get("base"), "student": tuning.get("student")},
+    }
 
 
 def _student_step(student: Student) -> dict[str, Any]:
@@ -121,6 +167,10 @@ def check_choices(
     formats: Sequence[str],
     onnx_ops: str | None,
     verify: bool,
+    adapters: Sequence[AdapterChoice] = (),
+    adapter_mode: str | None = None,
+    lines: LiNeS | None = None,
+    untie: bool = False,
 ) -> None:
     """Refuse what no source could make right.
 
@@ -131,12 +181,15 @@ def check_choices(
     given = [("weights", weights, (None, *WEIGHTS)), ("onnx_ops", onnx_ops, (None, *ONNX_OPS))]
     given += [("format", name, ENGINES) for name in formats]
     given += [("state_sharing", state_sharing, (None, *STATE_SHARING))]
+    given += [("adapter_mode", adapter_mode, (None, *ADAPTER_MODES))]
     for name, value, allowed in given:
         if value not in allowed:
             known = ", ".join(str(a) for a in allowed if a)
             raise UsageError(f"{name} {value!r} given; allowed: {known}")
     if not formats:
         raise UsageError(f"no format given; allowed: {', '.join(ENGINES)}")
+    if (adapter_mode or lines or untie) and not adapters:
+        raise UsageError("adapter_mode, lines or untie given without an adapter; give one")
     _check_mixers(student, mixer, bool(state_sharing or softmax_layers))
     if state_sharing and mixer != "lawcat":
         raise UsageError(f"state_sharing {state_sharing!r} given for {mixer}; allowed: with lawcat")
@@ -173,27 +226,46 @@ def make_plan(
     target: str,
     onnx_ops: str | None,
     calibration: str | Path | None,
+    adapters: Sequence[AdapterChoice] = (),
+    adapter_mode: str | None = None,
+    lines: LiNeS | None = None,
+    untie: bool = False,
 ) -> Plan:
     """Fit checked choices to a source.
 
     Raises:
         UsageError: for a layer, target or calibration text that does not fit.
         SourceError: for a student that is missing, damaged or of another base.
+        AdapterError: for an adapter that cannot be read or does not fit.
     """
     profile = targets.load(targets.detect() if target == "auto" else target)
     chosen = weights or profile.weights
     if calibration and (chosen != "int4" or "openvino" not in formats):
         raise UsageError("a calibration text serves int4 weights of the openvino format only")
     opened = None if student is None else read_student(student)
-    if opened is not None:
-        config, tensors = apply_student(source, opened)
-    else:
-        config = _with_mixers(source, mixer or DEFAULT_MIXER, state_sharing, softmax_layers)
-        tensors = with_fresh_mixers(config, source.weights)
+
+    def mixed(model: Source) -> tuple[DecoderConfig, WeightStore]:
+        if opened is not None:
+            return apply_student(model, opened)
+        config = _with_mixers(model, mixer or DEFAULT_MIXER, state_sharing, softmax_layers)
+        return config, with_fresh_mixers(config, model.weights)
+
+    found: tuple[Adapter, ...] = ()
+    mode, plain, merged = adapter_mode or ADAPTER_MODES[0], None, source
+    if adapters:
+        untied, store = adapted(source, adapters, lines=lines, untie=untie)
+        merged, found = replace(source, config=untied, weights=store), store.adapters
+        plain = mixed(replace(merged, weights=store.plain()))[1]
+    config, tensors = mixed(merged)
     return Plan(
         source=source,
         config=config,
-        weights=tensors,
+        weights=plain if plain is not None and mode == "side-path" else tensors,
+        reference=tensors,
+        plain=plain,
+        adapters=found,
+        adapter_mode=mode,
+        lines=lines or LiNeS(),
         weights_format=chosen,
         group_size=profile.group_size,
         formats=tuple(dict.fromkeys(formats)),

@@ -90,6 +90,7 @@ def write_configs(source: Source, config: DecoderConfig, out: Path) -> None:
     """
     foreign = json.loads((source.directory / "config.json").read_text(encoding="utf-8"))
     foreign["edgekit"] = {"decoder": dump(config)}
+    foreign["tie_word_embeddings"] = config.tied_head
     _write_json(out / "config.json", foreign)
     generation = source.directory / "generation_config.json"
     if generation.is_file():

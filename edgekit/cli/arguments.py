@@ -13,6 +13,7 @@ __all__ = [
     "choices",
     "layers",
     "natural",
+    "pair",
     "positive",
 ]
 
@@ -52,6 +53,21 @@ def choices(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         return items
 
     return parse
+
+
+def pair(text: str) -> tuple[float, float]:
+    """Two numbers, `0.5,1`.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; allowed: two numbers, such as 0.5,1"
+        ) from None
+    return first, second
 
 
 def natural(text: str) -> int:

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import add_json, choices, layers
+from edgekit.cli.arguments import add_json, choices, layers, pair
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table, size
 from edgekit.students import student_names
@@ -50,6 +50,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state-sharing",
         choices=("q_head", "kv_head"),
         help="lawcat: one state per query head (default), or the smaller one per KV head",
+    )
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="a PEFT adapter of SOURCE (LoRA, DoRA, AdaLoRA, VeRA, IA3, AFLoRA); repeatable",
+    )
+    adapters.add_argument(
+        "--adapter-mode",
+        choices=("merge", "side-path"),
+        help="merge into the weights in fp32 (default), or keep low-rank adapters beside them",
+    )
+    adapters.add_argument(
+        "--lines",
+        type=pair,
+        metavar="FIRST,LAST",
+        help="factors of the adapters in the first and the last layer (LiNeS)",
+    )
+    adapters.add_argument(
+        "--untie", action="store_true", help="give the head a matrix of its own if adapted"
     )
     graph = parser.add_argument_group("graph and weights")
     graph.add_argument("--weights", choices=WEIGHTS, help="default: the target's")
@@ -97,6 +119,10 @@ def run(args: argparse.Namespace) -> int:
             target=args.target,
             onnx_ops=args.onnx_ops,
             calibration=args.calibration,
+            adapters=args.adapter,
+            adapter_mode=args.adapter_mode,
+            lines=args.lines,
+            untie=args.untie,
             verify=not args.no_verify,
             force=args.force,
             progress=progress.step,
@@ -127,6 +153,10 @@ def _table(report: "ConvertReport") -> str:
         )
         for engine, v in report.verification.items()
     ]
+    left = [
+        (f.engine, f.weights, f"{f.kept:.3f}", f"{f.noise:.3g}", f"{f.loud} of {len(f.modules)}")
+        for f in report.fidelity
+    ]
     headers = (
         "against PyTorch",
         "max |d|",
@@ -137,4 +167,8 @@ def _table(report: "ConvertReport") -> str:
         "tokens",
         "rounding",
     )
-    return as_table(rows) + ("\n\n" + as_table(checks, headers) if checks else "\nnot verified")
+    parts = [as_table(rows)]
+    if left:
+        parts.append(as_table(left, ("adapters in", "weights", "kept", "noise", "drowned modules")))
+    parts.append(as_table(checks, headers) if checks else "not verified")
+    return "\n\n".join(parts)

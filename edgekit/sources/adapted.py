@@ -53,7 +53,7 @@ def adapted(
     *,
     lines: LiNeS | None = None,
     untie: bool = False,
-) -> tuple[Source, tuple[Adapter, ...]]:
+) -> tuple[DecoderConfig, "AdaptedStore"]:
     """A model with adapters merged into it.
 
     Args:
@@ -64,7 +64,7 @@ def adapted(
             both, give the head its own.
 
     Returns:
-        The same source with other tensors, and the adapters.
+        The model's configuration and tensors.
 
     Raises:
         UsageError: if an adapter is given twice.
@@ -80,8 +80,7 @@ def adapted(
             )
         seen[adapter.file.sha256] = adapter.file.directory.resolve()
     config = _untied(source.config, adapters, untie)
-    store = AdaptedStore(source.weights, adapters, lines or LiNeS(), config)
-    return replace(source, config=config, weights=store), adapters
+    return config, AdaptedStore(source.weights, adapters, lines or LiNeS(), config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +118,10 @@ class AdaptedStore:
             return self._weight(module, self.base.tensor(stored))
         return self._bias(module, self.base.tensor(stored))
 
+    def plain(self) -> "AdaptedStore":
+        """The same without its adapters; an untied head stays apart."""
+        return replace(self, adapters=())
+
     def difference(self, module: str) -> torch.Tensor:
         """What all adapters together add to a module's weight, fp32 `[out, in]`."""
         weight = self.base.tensor(self._stored(module)).float()
@@ -129,10 +132,6 @@ class AdaptedStore:
             else:
                 total.add_(artefact.fold(weight) - weight, alpha=factor)
         return total
-
-    def base_weight(self, module: str) -> torch.Tensor:
-        """A module's weight as the base has it, fp32 `[out, in]`."""
-        return self.base.tensor(self._stored(module)).float()
 
     def pairs(self, module: str) -> LowRank:
         """The adapters' pairs of a module side by side, factors folded in.

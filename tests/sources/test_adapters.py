@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from edgekit.adapters.aflora import AFLoraConfig
 from edgekit.errors import AdapterError, UsageError
+from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import Decoder
+from edgekit.models.weights import WeightStore
 from edgekit.sources import Source, open_source
 from edgekit.sources.adapted import LiNeS, adapted
 from edgekit.sources.adapters import AdapterChoice, open_adapter, parse_choice
@@ -79,9 +81,9 @@ def _shake(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=random))
 
 
-def say(source: Source) -> torch.Tensor:
+def say(config: DecoderConfig, weights: WeightStore) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = Decoder.from_store(source.config, source.weights)(IDS)[0]
+        logits: torch.Tensor = Decoder.from_store(config, weights)(IDS)[0]
     return logits
 
 
@@ -93,67 +95,67 @@ def source(tiny_checkpoint: Checkpoint) -> Source:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_says_what_peft_says(kind: str, trained: Make, source: Source) -> None:
     path, expected = trained(kind)
-    merged, (adapter,) = adapted(source, [AdapterChoice(path=path)])
-    assert float((expected - say(source)).abs().max()) > 0.1
-    assert_close("logits", expected, say(merged), ratio=TOLERANCE["float32"])
+    config, store = adapted(source, [AdapterChoice(path=path)])
+    (adapter,) = store.adapters
+    assert float((expected - say(source.config, source.weights)).abs().max()) > 0.1
+    assert_close("logits", expected, say(config, store), ratio=TOLERANCE["float32"])
     assert adapter.low_rank == (kind not in ("dora", "ia3"))
-    assert set(merged.weights) == set(source.weights)
+    assert set(store) == set(source.weights)
+    assert torch.equal(say(config, store.plain()), say(source.config, source.weights))
 
 
 def test_differences_add_up_by_their_weights(trained: Make, source: Source) -> None:
     paths = [trained(kind)[0] for kind in ("lora", "aflora", "dora", "ia3")]
     weights = (0.5, -1.5, 2.0, 0.25)
     choices = [AdapterChoice(path=p, weight=w) for p, w in zip(paths, weights, strict=True)]
-    together, _ = adapted(source, choices)
+    _, together = adapted(source, choices)
     name = "model.layers.1.self_attn.v_proj.weight"
     base = source.weights.tensor(name).double()
     expected = base.clone()
     for path, weight in zip(paths, weights, strict=True):
-        alone, _ = adapted(source, [AdapterChoice(path=path)])
-        expected += weight * (alone.weights.tensor(name).double() - base)
-    assert_close("sum", expected, together.weights.tensor(name), ratio=TOLERANCE["float32"])
+        _, alone = adapted(source, [AdapterChoice(path=path)])
+        expected += weight * (alone.tensor(name).double() - base)
+    assert_close("sum", expected, together.tensor(name), ratio=TOLERANCE["float32"])
 
 
 def test_ia3_scales_biases_too(trained: Make, source: Source) -> None:
     path, _ = trained("ia3")
-    merged, (adapter,) = adapted(source, [AdapterChoice(path=path, weight=0.5)])
+    _, merged = adapted(source, [AdapterChoice(path=path, weight=0.5)])
+    (adapter,) = merged.adapters
     module = "model.layers.0.self_attn.k_proj"
     scale = adapter.artefacts[module].scale  # type: ignore[union-attr]
     bias = source.weights.tensor(f"{module}.bias")
-    assert_close(
-        "bias", bias * (0.5 + 0.5 * scale), merged.weights.tensor(f"{module}.bias"), ratio=1e-6
-    )
+    assert_close("bias", bias * (0.5 + 0.5 * scale), merged.tensor(f"{module}.bias"), ratio=1e-6)
 
 
 def test_depth_scales_the_difference(trained: Make, source: Source) -> None:
     path, _ = trained("lora")
-    plain, _ = adapted(source, [AdapterChoice(path=path)])
-    scaled, _ = adapted(source, [AdapterChoice(path=path)], lines=LiNeS(first=0.2, last=0.8))
+    _, plain = adapted(source, [AdapterChoice(path=path)])
+    _, scaled = adapted(source, [AdapterChoice(path=path)], lines=LiNeS(first=0.2, last=0.8))
     for layer, factor in ((0, 0.2), (1, 0.5), (2, 0.8)):
         name = f"model.layers.{layer}.mlp.up_proj.weight"
         base = source.weights.tensor(name)
-        expected = factor * (plain.weights.tensor(name) - base)
-        assert_close("difference", expected, scaled.weights.tensor(name) - base, ratio=1e-5)
+        expected = factor * (plain.tensor(name) - base)
+        assert_close("difference", expected, scaled.tensor(name) - base, ratio=1e-5)
 
 
 def test_pairs_are_the_difference(trained: Make, source: Source) -> None:
     choices = [AdapterChoice(path=trained(k)[0], weight=w) for k, w in (("lora", 2), ("aflora", 1))]
-    merged, _ = adapted(source, choices, lines=LiNeS(first=0.5))
-    store: Any = merged.weights
+    _, store = adapted(source, choices, lines=LiNeS(first=0.5))
     for module in store.modules:
         pair = store.pairs(module)
         assert_close(module, store.difference(module), pair.b @ pair.a, ratio=1e-5)
     assert store.pairs("model.layers.0.self_attn.q_proj").rank == 4 + 3
-    dora, _ = adapted(source, [AdapterChoice(path=trained("dora")[0])])
+    _, dora = adapted(source, [AdapterChoice(path=trained("dora")[0])])
     with pytest.raises(AdapterError, match="no low-rank difference; merge it"):
-        dora.weights.pairs("model.layers.0.self_attn.q_proj")  # type: ignore[attr-defined]
+        dora.pairs("model.layers.0.self_attn.q_proj")
 
 
 def test_adapter_of_the_model_without_its_head(trained: Make, source: Source) -> None:
     path, expected = trained("lora")
     rewrite(path, lambda tensors: {n.replace("model.model.", "model."): t for n, t in tensors})
-    merged, _ = adapted(source, [AdapterChoice(path=path)])
-    assert_close("logits", expected, say(merged), ratio=TOLERANCE["float32"])
+    merged = adapted(source, [AdapterChoice(path=path)])
+    assert_close("logits", expected, say(*merged), ratio=TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -176,11 +178,11 @@ def test_tied_head_needs_permission(
     if tied:
         with pytest.raises(AdapterError, match=r"shares with its embedding.*--untie"):
             adapted(source, choice)
-    merged, _ = adapted(source, choice, untie=tied)
-    assert not merged.config.tied_head
-    assert_close("logits", expected, say(merged), ratio=TOLERANCE["float32"])
+    config, merged = adapted(source, choice, untie=tied)
+    assert not config.tied_head
+    assert_close("logits", expected, say(config, merged), ratio=TOLERANCE["float32"])
     embedding = "model.embed_tokens.weight"
-    assert torch.equal(merged.weights.tensor(embedding), source.weights.tensor(embedding))
+    assert torch.equal(merged.tensor(embedding), source.weights.tensor(embedding))
     rewrite(tmp_path / "head", lambda tensors: {n: t + 1.0 * ("base" in n) for n, t in tensors})
     with pytest.raises(AdapterError, match=r"lm_head\.base_layer\.weight is not as"):
         adapted(source, choice, untie=tied)
