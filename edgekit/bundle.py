@@ -45,8 +45,9 @@ MARKERS = {  # the file that tells what a directory is
     "bundle": MANIFEST,
     "student": "student.json",
     "adapter": "adapter_config.json",
+    "model": "config.json",
 }
-Kind = Literal["bundle", "student", "adapter"]
+Kind = Literal["bundle", "student", "adapter", "model"]
 PARTIAL, OLD = ".edgekit-partial", ".edgekit-old"  # endings of siblings that live during a write
 ENGINE_FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),

@@ -17,7 +17,18 @@ from edgekit.errors import EdgekitError, UsageError
 
 __all__ = ["VERBS", "build_parser", "main"]
 
-VERBS = ("convert", "distill", "run", "chat", "profile", "eval", "inspect", "targets", "doctor")
+VERBS = (
+    "convert",
+    "distill",
+    "adapter",
+    "run",
+    "chat",
+    "profile",
+    "eval",
+    "inspect",
+    "targets",
+    "doctor",
+)
 INTERRUPTED = 130
 
 
