@@ -15,6 +15,7 @@ from typing import Any
 from edgekit.command import guarded
 from edgekit.config import dump, load
 from edgekit.distill.metrics import read_metrics
+from edgekit.distill.power_law import FEWEST, fit, tokens_without_each
 from edgekit.errors import UsageError
 from edgekit.markdown import markdown_table
 from edgekit.sources.student import Student, ancestor, read_student
@@ -23,6 +24,7 @@ __all__ = ["Answer", "CardNotes", "Table", "main", "read_notes", "write_card"]
 
 CARD, CURVE = "README.md", "loss.png"
 CURVE_ROWS = 12  # evaluations that the card lists of those in metrics.jsonl
+GOALS = (1.5, 1.35, 1.2)  # times the teacher's perplexity
 PAPERS = {
     "lawcat": "[LAWCAT](https://arxiv.org/abs/2509.18467)",
     "lolcats": "[LoLCATs](https://arxiv.org/abs/2410.10254)",
@@ -246,6 +248,7 @@ def _training(student: Student, notes: CardNotes) -> Iterator[str]:
     if evaluations:
         yield "Held-out figures on the way:"
         yield _table(*_curve(evaluations))
+        yield from _outlook(evaluations, manifest.metrics.get("teacher_perplexity"))
 
 
 def _curve(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -258,6 +261,35 @@ def _curve(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
         for r in chosen
     ]
     return ["stage", "tokens of the stage", *keys], rows
+
+
+def _outlook(records: Sequence[Mapping[str, Any]], teacher: float | None) -> Iterator[str]:
+    """What the last stage's points extrapolate to."""
+    points = [
+        (r["tokens"], r["eval"]["perplexity"])
+        for r in records
+        if r["stage"] == records[-1]["stage"] and r["tokens"] and "perplexity" in r["eval"]
+    ]
+    if teacher is None or len(points) <= FEWEST or min(p for _, p in points) <= teacher:
+        return
+    law = fit(points, teacher)
+    yield (
+        f"A power law through the {len(points)} points of stage {records[-1]['stage']}, "
+        f"ln(perplexity / {teacher:.4g}) = {law.coefficient:.3g} tokens^-{law.exponent:.3g}, "
+        "extrapolates to (the range leaves out one point at a time; the rate fell along a cosine "
+        "in this run, so these are distances, not promises):"
+    )
+    rows = []
+    for ratio in GOALS:
+        low, high = tokens_without_each(points, teacher, ratio)
+        rows.append(
+            (f"{ratio:g}", _millions(law.tokens(ratio)), f"{_millions(low)} to {_millions(high)}")
+        )
+    yield _table(("perplexity / teacher's", "tokens of the stage", "range"), rows)
+
+
+def _millions(tokens: float) -> str:
+    return "never" if tokens == float("inf") else f"{tokens / 1e6:,.3g} M"
 
 
 def _results(notes: CardNotes) -> Iterator[str]:

@@ -74,6 +74,18 @@ def test_every_run_that_made_it_is_told(directory: Path) -> None:
     assert "| first | a\\|b.txt" in text
 
 
+def test_curve_is_extrapolated_where_the_teacher_was_measured(directory: Path) -> None:
+    assert "extrapolates" not in card(directory)
+    student = read_student(directory)
+    tensors = {name: student.tensors.tensor(name) for name in student.tensors}
+    measured = {"perplexity": 70.0, "teacher_perplexity": 50.0}
+    write_student(directory, replace(student.manifest, metrics=measured), tensors)
+    text = card(directory)
+    assert "A power law through the 29 points of stage 1" in text
+    assert "| perplexity / teacher's | tokens of the stage | range |" in text
+    assert "| 1.35 | " in text
+
+
 def test_what_the_files_say(directory: Path) -> None:
     text = card(directory)
     manifest = read_student(directory).manifest
