@@ -20,6 +20,7 @@ __all__ = ["VERBS", "build_parser", "main"]
 VERBS = (
     "convert",
     "distill",
+    "tune",
     "adapter",
     "run",
     "chat",

@@ -1,20 +1,24 @@
-"""Archives that npm and Debian publish: fetched, checked, and read without being installed."""
+"""Archives of npm, Debian and PyPI: fetched, checked, and read without being installed."""
 
 import hashlib
 import io
 import lzma
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.errors import EdgekitError, UsageError
 
-__all__ = ["Archive", "CorpusError", "fetch", "find", "members"]
+__all__ = ["Archive", "CorpusError", "fetch", "find", "members", "members_of"]
 
 AR_MAGIC, AR_HEADER = b"!<arch>\n", 60
+ZIP_MAGIC = b"PK\x03\x04"
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError, lzma.LZMAError)
 
 
 class CorpusError(EdgekitError):
@@ -31,7 +35,7 @@ class Archive:
         file: how the archive of that version is called.
         pattern: a glob that the archive of any version matches.
         sha256: hex digest of `file`.
-        registry: "npm" or "debian".
+        registry: "npm", "pypi" (a source distribution) or "debian".
         licence: of the text in it.
     """
 
@@ -48,6 +52,9 @@ class Archive:
         """What downloads the archive into the present directory; Debian gives its newest one."""
         if self.registry == "npm":
             return ("npm", "pack", "--silent", f"{self.name}@{self.version}")
+        if self.registry == "pypi":
+            wanted = ("--no-deps", "--no-binary", ":all:", f"{self.name}=={self.version}")
+            return (sys.executable, "-m", "pip", "download", "--quiet", *wanted)
         return ("apt-get", "download", self.name)
 
 
@@ -91,20 +98,37 @@ def find(archive: Archive, folder: Path) -> Path:
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the plain files in an npm or Debian archive.
+    """Names and contents of the plain files in an archive of npm, Debian or PyPI.
 
     Raises:
         CorpusError: if it is damaged.
     """
     try:
         data = path.read_bytes()
+    except OSError as cause:
+        raise CorpusError(f"{path}: cannot be read ({cause.strerror})") from cause
+    yield from members_of(data, path)
+
+
+def members_of(data: bytes, where: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the plain files in an archive's bytes: tar, zip or a Debian package.
+
+    Raises:
+        CorpusError: if it is damaged; it names `where`.
+    """
+    try:
+        if data.startswith(ZIP_MAGIC):
+            with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                names = [name for name in packed.namelist() if not name.endswith("/")]
+                yield from ((name, packed.read(name)) for name in names)
+            return
         with tarfile.open(fileobj=io.BytesIO(_payload(data)), mode="r:*") as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None
                 if file is not None:
                     yield member.name.removeprefix("./"), file.read()
-    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError) as cause:
-        raise CorpusError(f"{path}: damaged ({cause}); fetch it anew") from cause
+    except DAMAGE as cause:
+        raise CorpusError(f"{where}: damaged ({cause}); fetch it anew") from cause
 
 
 def _payload(data: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["GENRES", "plain_text"]
+__all__ = ["GENRES", "plain_text", "sentences"]
 
 # The second letter of a document's id.
 GENRES = {
@@ -35,6 +35,15 @@ REPLACEMENTS = (
 
 def plain_text(tagged: str) -> str:
     """One document's paragraphs, a blank line apart, without tags and spaced as prose."""
+    return "\n\n".join(" ".join(paragraph) for paragraph in _paragraphs(tagged))
+
+
+def sentences(tagged: str) -> list[str]:
+    """One document's sentences in order, without tags and spaced as prose."""
+    return [sentence for paragraph in _paragraphs(tagged) for sentence in paragraph]
+
+
+def _paragraphs(tagged: str) -> list[list[str]]:
     paragraphs: list[list[str]] = [[]]
     blank = 0
     for line in tagged.splitlines():
@@ -47,7 +56,7 @@ def plain_text(tagged: str) -> str:
         blank = 0
         # A word may itself hold a slash ("1/2/cd").
         paragraphs[-1].append(_prose([item.rsplit("/", 1)[0] for item in items]))
-    return "\n\n".join(" ".join(sentences) for sentences in paragraphs if sentences)
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _prose(words: list[str]) -> str:

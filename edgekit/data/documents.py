@@ -29,17 +29,26 @@ TIMES = re.compile(r"@[0-9]+$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One text, or one conversation.
+    """One text, one conversation, or one prompt with its completion.
 
     Attributes:
         where: file and line, for errors.
-        text: of a text; empty for a conversation.
-        messages: `{"role": ..., "content": ...}` each; empty for a text.
+        text: of a text; empty otherwise.
+        messages: `{"role": ..., "content": ...}` each; empty where it is no conversation.
+        prompt: what stands before the completion; may be empty.
+        completion: what is to be learnt; empty where there is no such pair.
     """
 
     where: str
     text: str = ""
     messages: tuple[dict[str, str], ...] = ()
+    prompt: str = ""
+    completion: str = ""
+
+    @property
+    def says_something(self) -> bool:
+        """Whether there is anything in it to learn from."""
+        return bool(self.messages or self.completion or self.text.strip())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +85,8 @@ def read_documents(spec: str | Path) -> Origin:
     """Read a `.txt`, `.md`, `.rst` or `.jsonl` file, or `datasets:ID[:SPLIT]`.
 
     A form feed parts the documents of a text file. Each line of a JSONL file is
-    `{"messages": [{"role", "content"}, ...]}` or `{"text": ...}`; other keys are left alone.
+    `{"messages": [{"role", "content"}, ...]}`, `{"prompt": ..., "completion": ...}` or
+    `{"text": ...}`; other keys are left alone.
 
     Raises:
         UsageError: if it is missing, empty, binary, or malformed; it names file and line.
@@ -93,24 +103,31 @@ def read_documents(spec: str | Path) -> Origin:
         found = [_line(line, f"{path}: line {number}") for number, line in lines if line.strip()]
     else:
         found = [Document(where=str(path), text=part) for part in text.split(FORM_FEED)]
-    documents = tuple(document for document in found if document.messages or document.text.strip())
+    documents = tuple(document for document in found if document.says_something)
     if not documents:
         raise UsageError(f"{path}: holds no text; leave it out")
     return Origin(name=path.name, sha256=hashlib.sha256(data).hexdigest(), documents=documents)
 
 
 def parsed(record: Mapping[str, Any], where: str) -> Document:
-    """The document in a record with `messages` or `text`.
+    """The document in a record with `messages`, with `prompt` and `completion`, or with `text`.
 
     Raises:
-        UsageError: naming `where`, if it has neither or is malformed.
+        UsageError: naming `where`, if it has none of them or is malformed.
     """
     if "messages" in record:
         return Document(where=where, messages=tuple(_messages(record["messages"], where)))
+    if {"prompt", "completion"} <= set(record):
+        prompt, answer = (_text(record[key], key, where) for key in ("prompt", "completion"))
+        if not answer:
+            raise UsageError(f"{where}: 'completion' is empty; needs what is to be learnt")
+        return Document(where=where, prompt=prompt, completion=answer)
     if "text" in record:
         return Document(where=where, text=_text(record["text"], "text", where))
     keys = ", ".join(record) or "none"
-    raise UsageError(f"{where}: needs 'messages' or 'text'; its keys are: {keys}")
+    raise UsageError(
+        f"{where}: needs 'messages', 'prompt' and 'completion', or 'text'; its keys are: {keys}"
+    )
 
 
 def _bytes(path: Path) -> bytes:

@@ -26,12 +26,12 @@ class Tokens:
 
 
 def tokenise(document: Document, tokenizer: Tokenizer, *, eos: int, chat_loss: ChatLoss) -> Tokens:
-    """A text with `eos` behind it, or a conversation as the model's template renders it.
+    """A text with `eos` behind it, a conversation as the template renders it, or a completion.
 
     The first token is never learnt: nothing says what a document begins with.
 
     Args:
-        document: text or conversation.
+        document: text, conversation, or prompt and completion, of which the latter is learnt.
         tokenizer: with a chat template, if it is a conversation.
         eos: the id that ends a text, and an assistant's turn.
         chat_loss: `assistant` learns the assistant's turns, each up to its last `eos`; `all` learns
@@ -41,6 +41,8 @@ def tokenise(document: Document, tokenizer: Tokenizer, *, eos: int, chat_loss: C
         UsageError: naming the document, if the template refuses the conversation or, where only the
             assistant's turns are learnt, does not keep them apart.
     """
+    if document.completion:
+        return completion(document.prompt, document.completion, tokenizer, eos=eos)
     if not document.messages:
         ids = tokenizer.encode(document.text)
         ids = ids if ids[-1:] == eos else np.append(ids, eos)

@@ -28,10 +28,11 @@ from edgekit.distill.ablation_report import Ablation, as_markdown
 from edgekit.distill.assembly import Progress
 from edgekit.distill.folder import claimed
 from edgekit.distill.metrics import FILE, read_metrics
-from edgekit.distill.processes import Processes, choose_precision
+from edgekit.distill.processes import Processes
 from edgekit.distill.trial import AblationSettings, Trial
 from edgekit.distill.variants import Variants, load_variants
 from edgekit.errors import UsageError
+from edgekit.models.precision import choose_precision
 from edgekit.sources import open_source
 
 __all__ = ["ablate", "main"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekit.distill.ablation_report import Ablation
-from edgekit.distill.figures import write_png
+from edgekit.figures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,14 +10,15 @@ import torch
 from edgekit.config import dump
 from edgekit.data import DataFile, Mixture, NeedleShare, read_corpus
 from edgekit.distill import recipe
-from edgekit.distill.build import narrow_frozen, student_config, student_over
+from edgekit.distill.build import student_config, student_over
 from edgekit.distill.heldout import perplexity
-from edgekit.distill.processes import Precision, Processes
+from edgekit.distill.processes import Processes
 from edgekit.distill.sharding import place_unsharded, shard_frozen
 from edgekit.distill.transfer import new_parameters
 from edgekit.distill.tuning import pairs
 from edgekit.errors import UsageError
 from edgekit.models.decoder import Decoder
+from edgekit.models.precision import Precision, narrow_frozen
 from edgekit.runtime.text import Tokenizer
 from edgekit.sources import Source, open_source
 from edgekit.sources.student import Student, lowrank_tensors, read_student

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from edgekit.distill.recipe import Recipe
 from edgekit.errors import UsageError
@@ -11,7 +10,7 @@ from edgekit.mixers.base import mixer_type
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import Decoder
 
-__all__ = ["narrow_frozen", "student_config", "student_over"]
+__all__ = ["student_config", "student_over"]
 
 
 def student_config(teacher: DecoderConfig, recipe: Recipe) -> DecoderConfig:
@@ -31,19 +30,6 @@ def student_config(teacher: DecoderConfig, recipe: Recipe) -> DecoderConfig:
         "softmax" if i in recipe.softmax_layers else recipe.mixer for i in range(teacher.num_layers)
     )
     return teacher.with_mixers(mixers, lawcat=recipe.lawcat, lolcats=recipe.lolcats)
-
-
-def narrow_frozen(teacher: Decoder) -> None:
-    """Keep the matrices of a frozen teacher in bf16, in place.
-
-    Under autocast every product would narrow its matrix again, which for short rows costs as much
-    as the product. The embedding and the norms, which are not products, stay fp32.
-    """
-    for module in teacher.layers:
-        for linear in module.modules():
-            if isinstance(linear, nn.Linear):
-                linear.weight = nn.Parameter(linear.weight.bfloat16(), requires_grad=False)
-    teacher.lm_head.weight = nn.Parameter(teacher.lm_head.weight.bfloat16(), requires_grad=False)
 
 
 def student_over(

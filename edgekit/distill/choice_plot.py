@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.distill.figures import write_png
 from edgekit.distill.layer_choice import Choice
+from edgekit.figures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

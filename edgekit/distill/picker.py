@@ -17,10 +17,11 @@ from pathlib import Path
 from edgekit.command import Told, guarded
 from edgekit.config import dump
 from edgekit.distill.layer_choice import Choice, Restored, pick_layers
-from edgekit.distill.processes import Processes, choose_precision
+from edgekit.distill.processes import Processes
 from edgekit.distill.texts import read_rows
 from edgekit.errors import UsageError
 from edgekit.models.decoder import Decoder
+from edgekit.models.precision import choose_precision
 from edgekit.runtime.text import Tokenizer
 from edgekit.sources.student import open_model
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.distill.figures import write_png
 from edgekit.errors import UsageError
+from edgekit.figures import write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

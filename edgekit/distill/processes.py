@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 
-from edgekit.distill.allocator import keep_freed_memory
+from edgekit.allocator import keep_freed_memory
 from edgekit.errors import UsageError
+from edgekit.models.precision import Precision
 
-__all__ = ["Precision", "Processes", "choose_precision"]
-
-Precision = Literal["fp32", "bf16"]
+__all__ = ["Processes"]
 
 
 class Processes:
@@ -104,13 +102,3 @@ class Processes:
     def wait(self) -> None:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
-
-
-def choose_precision(asked: Precision | Literal["auto"], *, cpu: bool = False) -> Precision:
-    """The precision of matrix products: `auto` takes bf16 where the hardware multiplies it."""
-    if asked != "auto":
-        return asked
-    if torch.cuda.is_available() and not cpu:
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"

@@ -20,10 +20,11 @@ from edgekit.distill.folder import claimed, last_evaluation, refuse_changes
 from edgekit.distill.loop import Outcome, Run, train
 from edgekit.distill.metrics import continued, read_metrics, write_metrics
 from edgekit.distill.plot import draw_losses
-from edgekit.distill.processes import Processes, choose_precision
+from edgekit.distill.processes import Processes
 from edgekit.distill.transfer import TransferStage
 from edgekit.distill.tuning import TuningStage, inject_pairs
 from edgekit.errors import UsageError
+from edgekit.models.precision import choose_precision
 from edgekit.sources.student import (
     StageRecord,
     Student,

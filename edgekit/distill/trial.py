@@ -17,12 +17,13 @@ from edgekit.distill.folder import refuse_changes
 from edgekit.distill.lockstep import Lockstep
 from edgekit.distill.loop import Outcome, Run, train
 from edgekit.distill.measuring import layer_errors, perplexities, state_bytes
-from edgekit.distill.processes import Precision, Processes
+from edgekit.distill.processes import Processes
 from edgekit.distill.texts import read_rows
 from edgekit.distill.transfer import TransferStage, new_parameters
 from edgekit.distill.variants import BASE, Variants, changes
 from edgekit.errors import UsageError
 from edgekit.models.decoder import Decoder
+from edgekit.models.precision import Precision
 from edgekit.targets import cpu_facts
 
 __all__ = ["AblationSettings", "Trial"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgekit.eval.wilson import wilson
+from edgekit.wilson import wilson
 
 __all__ = ["Cell", "DepthCell", "summed"]
 

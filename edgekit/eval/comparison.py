@@ -16,12 +16,12 @@ from edgekit.config import dump
 from edgekit.data.needles import KINDS, needs_essay
 from edgekit.errors import UsageError
 from edgekit.eval.agreement import agreement
-from edgekit.eval.journal import Journal
 from edgekit.eval.machine import this_machine
 from edgekit.eval.perplexity import perplexity
 from edgekit.eval.reader import Logits, Reader, open_reader
 from edgekit.eval.retrieval import RetrievalOptions, retrieval
 from edgekit.eval.windows import Progress, WindowOptions
+from edgekit.journal import Journal
 
 __all__ = ["TEXT_TASKS", "Comparison", "Measured", "compare"]
 

@@ -18,11 +18,11 @@ from edgekit.data.needles import EVALUATION_SEED, KINDS, Sample, make_sample, ne
 from edgekit.errors import UsageError
 from edgekit.eval.cells import Cell, summed
 from edgekit.eval.greedy import greedy_answers
-from edgekit.eval.journal import Journal, Record
 from edgekit.eval.machine import Machine, this_machine
 from edgekit.eval.reader import Reader
 from edgekit.eval.score import is_right
 from edgekit.eval.windows import Progress
+from edgekit.journal import Journal, Record
 
 __all__ = ["Retrieval", "RetrievalOptions", "retrieval"]
 

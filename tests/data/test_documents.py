@@ -25,6 +25,13 @@ def test_lines_are_texts_or_conversations(tmp_path: Path) -> None:
     assert chat.where == f"{path}: line 3"
 
 
+def test_lines_are_prompts_with_completions(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "prompt": "", "completion": " a"}\n')
+    (pair,) = read_documents(path).documents
+    assert (pair.prompt, pair.completion, pair.text) == ("", " a", "")
+
+
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_bytes(b"abc")
     assert read_documents(tmp_path / "a.md").sha256 == (
@@ -41,12 +48,16 @@ def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
         pytest.param("a.txt", b"a\0b", "binary", id="nul"),
         pytest.param("a.txt", b"fine\nn\xff", "line 2 is not UTF-8", id="latin-1"),
         pytest.param("a.parquet", b"PAR1", "allowed are .txt, .md", id="kind"),
-        pytest.param("a.jsonl", b"{}\n", "line 1: needs 'messages' or 'text'", id="no-key"),
+        pytest.param("a.jsonl", b"{}\n", "line 1: needs 'messages', 'prompt'", id="no-key"),
         pytest.param("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: not a JSON object", id="array"),
         pytest.param("a.jsonl", b'{"text": "a"}\n\n{"te', "line 3: not JSON", id="torn"),
         pytest.param("a.jsonl", b"[" * 10**5, "line 1: not JSON", id="deep"),
         pytest.param("a.jsonl", b'{"text": 3}', "'text' is 3", id="number"),
         pytest.param("a.jsonl", b'{"text": "\\ud83d"}', "half of a character", id="surrogate"),
+        pytest.param(
+            "a.jsonl", b'{"prompt": "a", "completion": ""}', "'completion' is empty", id="silent"
+        ),
+        pytest.param("a.jsonl", b'{"prompt": "a"}', "needs 'messages', 'prompt'", id="half-a-pair"),
         pytest.param("a.jsonl", b'{"messages": []}', "list of one or more", id="no-message"),
         pytest.param("a.jsonl", b'{"messages": ["a"]}', "needs a 'role'", id="no-role"),
         pytest.param(

@@ -94,7 +94,7 @@ def _parsed(path: Path, number: int, line: bytes) -> Record:
 
 def _check_settings(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     if not isinstance(found, dict):
-        raise UsageError(f"{path}: no journal of an evaluation; give another output")
+        raise UsageError(f"{path}: no journal of measurements; give another output")
     # What JSON makes of the settings, such as lists of tuples, is what was written.
     given = json.loads(json.dumps(wanted))
     keys = [key for key in {**found, **given} if found.get(key) != given.get(key)]

@@ -1,7 +1,7 @@
 import pytest
 
 from edgekit.errors import UsageError
-from edgekit.eval.wilson import wilson
+from edgekit.wilson import wilson
 
 
 @pytest.mark.parametrize(
