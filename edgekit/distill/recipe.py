@@ -1,18 +1,16 @@
 """What a distillation does, as data: TOML files in `recipes/`, or the user's own."""
 
-import tomllib
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekit.config import load
+from edgekit import recipes
 from edgekit.errors import UsageError
 from edgekit.models.config import LawcatConfig, LolcatsConfig
-from edgekit.utf8 import read_text
 
 __all__ = ["Needles", "Recipe", "Transfer", "Tuning", "load_recipe", "recipe_names"]
 
+PACKAGE = "edgekit.distill"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*PROJECTIONS, "gate_proj", "up_proj", "down_proj")
 
@@ -164,8 +162,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """The recipes that ship with edgekit."""
-    folder = resources.files("edgekit.distill") / "recipes"
-    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".toml"))
+    return recipes.recipe_names(PACKAGE)
 
 
 def load_recipe(spec: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -178,28 +175,4 @@ def load_recipe(spec: str | Path, overrides: dict[str, Any] | None = None) -> Re
     Raises:
         UsageError: for an unknown name, an unreadable file, or a key or value that is not allowed.
     """
-    path = Path(spec)
-    name, text = path.stem, read_text(path) if path.suffix == ".toml" else _shipped(str(spec))
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as cause:
-        raise UsageError(f"recipe {spec}: {cause}") from cause
-    for key, value in (overrides or {}).items():
-        _set(data, key.split("."), value)
-    return load(Recipe, {"name": name, **data}, where=f"recipe {name}", error=UsageError)
-
-
-def _shipped(name: str) -> str:
-    if name not in recipe_names():
-        known = ", ".join(recipe_names())
-        raise UsageError(f"recipe {name!r} is unknown; known: {known}; or give a .toml file")
-    file = resources.files("edgekit.distill") / "recipes" / f"{name}.toml"
-    return file.read_text(encoding="utf-8")
-
-
-def _set(table: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise UsageError(f"{'.'.join(keys)} given; {key} is a value, not a table")
-    table[keys[-1]] = value
+    return recipes.load_recipe(Recipe, PACKAGE, spec, overrides)
