@@ -9,20 +9,17 @@ DIR/SOURCES.json says where all of it is from. In the training files a form feed
 
 import argparse
 import hashlib
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from edgekit.bundle import staged
 from edgekit.command import guarded
-from edgekit.data.archives import Archive, CorpusError, fetch, find, members
+from edgekit.data.archives import Archive, CorpusError, members
 from edgekit.data.austen import novels
 from edgekit.data.brown import GENRES, plain_text
-from edgekit.errors import UsageError
+from edgekit.data.gathering import archive_arguments, gathered, write_sources
 
 __all__ = ["ARCHIVES", "build_corpora", "main"]
 
@@ -91,19 +88,13 @@ def build_corpora(out: Path, archives: Path | None = None) -> dict[str, int]:
         UsageError: if `out` exists or an archive is missing from `archives`.
         CorpusError: if an archive cannot be fetched, is damaged or not the expected one.
     """
-    if os.path.lexists(out):
-        raise UsageError(f"{out}: exists already; remove it or choose another name")
-    with tempfile.TemporaryDirectory() as scratch, staged(out) as work:
-        paths = {
-            a: fetch(a, Path(scratch)) if archives is None else find(a, archives) for a in ARCHIVES
-        }
+    with gathered(out, ARCHIVES, archives) as (work, paths):
         parts = [*_brown(paths[BROWN]), *_austen(paths[AUSTEN]), *_python(paths[PYTHON])]
         for part in parts:
             path = work / part.file
             path.parent.mkdir(exist_ok=True)
             path.write_text(part.text, encoding="utf-8")
-        record = json.dumps(_record(paths, parts), indent=1, ensure_ascii=False)
-        (work / "SOURCES.json").write_text(record + "\n", encoding="utf-8")
+        write_sources(work, paths, files={part.file: _record(part) for part in parts})
     return {part.file: len(part.text) for part in parts}
 
 
@@ -146,39 +137,20 @@ def _python(archive: Path) -> Iterator[Part]:
         yield Part(file=file, archive=PYTHON, documents=documents)
 
 
-def _record(paths: Mapping[Archive, Path], parts: Sequence[Part]) -> dict[str, object]:
-    """What SOURCES.json says."""
+def _record(part: Part) -> dict[str, Any]:
+    """What SOURCES.json says of a file."""
     return {
-        "archives": {
-            archive.name: {
-                "registry": archive.registry,
-                "file": path.name,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "licence": archive.licence,
-            }
-            for archive, path in paths.items()
-        },
-        "files": {
-            part.file: {
-                "archive": part.archive.name,
-                "documents": len(part.documents),
-                "characters": len(part.text),
-                "bytes": len(part.text.encode()),
-                "sha256": hashlib.sha256(part.text.encode()).hexdigest(),
-            }
-            for part in parts
-        },
+        "archive": part.archive.name,
+        "documents": len(part.documents),
+        "characters": len(part.text),
+        "bytes": len(part.text.encode()),
+        "sha256": hashlib.sha256(part.text.encode()).hexdigest(),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m edgekit.data.corpora", allow_abbrev=False)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="directory to make")
-    parser.add_argument(
-        "--from", dest="archives", type=Path, help="folder with the archives (default: download)"
-    )
-    args = parser.parse_args(argv)
+    args = archive_arguments("edgekit.data.corpora", argv)
     return guarded("corpora", lambda: _built(args))
 
 

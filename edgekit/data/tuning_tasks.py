@@ -12,24 +12,19 @@ part a sentence belongs to follows from a hash of the review's text, or of the B
 the lines stand in an order that a hash of their id gives, so that the first ones are a fair sample.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from edgekit.bundle import staged
 from edgekit.command import guarded
-from edgekit.data.archives import Archive, CorpusError, fetch, find, members
+from edgekit.data.archives import Archive, CorpusError, members
 from edgekit.data.brown import GENRES, sentences
 from edgekit.data.corpora import BROWN
+from edgekit.data.gathering import archive_arguments, gathered, write_sources
 from edgekit.data.reviews import read_reviews
-from edgekit.errors import UsageError
 
 __all__ = ["LABELS", "PARTS", "TASKS", "Example", "build_tasks", "main"]
 
@@ -81,12 +76,7 @@ def build_tasks(out: Path, archives: Path | None = None) -> dict[str, dict[str, 
         UsageError: if `out` exists or an archive is missing from `archives`.
         CorpusError: if an archive cannot be fetched, is damaged or not the expected one.
     """
-    if os.path.lexists(out):
-        raise UsageError(f"{out}: exists already; remove it or choose another name")
-    with tempfile.TemporaryDirectory() as scratch, staged(out) as work:
-        paths = {
-            a: fetch(a, Path(scratch)) if archives is None else find(a, archives) for a in ARCHIVES
-        }
+    with gathered(out, ARCHIVES, archives) as (work, paths):
         examples, neutral = _sentiment(paths[REVIEWS])
         parts = {"sentiment": _split(examples), "restore": _split(_restore(paths[BROWN]))}
         counts = {task: {p: len(found) for p, found in parts[task].items()} for task in parts}
@@ -96,8 +86,7 @@ def build_tasks(out: Path, archives: Path | None = None) -> dict[str, dict[str, 
             for part, lines in found.items():
                 text = "".join(json.dumps(e.record, ensure_ascii=False) + "\n" for e in lines)
                 (work / task / f"{part}.jsonl").write_text(text, encoding="utf-8")
-        record = json.dumps(_record(paths, counts), indent=1, ensure_ascii=False)
-        (work / "SOURCES.json").write_text(record + "\n", encoding="utf-8")
+        write_sources(work, paths, examples=counts)
     return counts
 
 
@@ -166,30 +155,9 @@ def _bare(sentence: str) -> str:
     return " ".join(word.strip("'-") for word in words if word.strip("'-"))
 
 
-def _record(paths: Mapping[Archive, Path], counts: Mapping[str, Any]) -> dict[str, Any]:
-    """What SOURCES.json says."""
-    return {
-        "archives": {
-            archive.name: {
-                "registry": archive.registry,
-                "file": path.name,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "licence": archive.licence,
-            }
-            for archive, path in paths.items()
-        },
-        "examples": counts,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m edgekit.data.tuning_tasks", allow_abbrev=False)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="directory to make")
-    parser.add_argument(
-        "--from", dest="archives", type=Path, help="folder with the archives (default: download)"
-    )
-    args = parser.parse_args(argv)
+    args = archive_arguments("edgekit.data.tuning_tasks", argv)
     return guarded("tuning_tasks", lambda: "\n".join(_told(build_tasks(args.out, args.archives))))
 
 
