@@ -99,7 +99,10 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The contents of `edgekit.json`."""
+    """The contents of `edgekit.json`.
+
+    `adapter_slots` has `(out, in)` of each module that takes adapters at run time.
+    """
 
     format_version: int
     source: dict[str, Any]
@@ -113,6 +116,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileRecord]
     verification: dict[str, Any] = field(default_factory=dict)
+    adapter_slots: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:

@@ -63,11 +63,16 @@ class OnnxFile:
         self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
         return name
 
-    def optional_input(self, name: str, default: Array) -> str:
-        """Declare a graph input that callers may leave out: an initialiser of the same name."""
+    def optional_input(
+        self, name: str, default: Array, shape: Sequence[int | str] | None = None
+    ) -> str:
+        """Declare a graph input that callers may leave out: an initialiser of the same name.
+
+        `shape` names the dynamic axes; None: the default's.
+        """
         tensor = onnx.numpy_helper.from_array(default, name)
         self._tensors[name] = tensor
-        return self.input(name, tensor.data_type, list(default.shape))
+        return self.input(name, tensor.data_type, default.shape if shape is None else shape)
 
     def output(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         """Declare a graph output that a later node names as its own."""

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from edgekit.export.onnx_chunks import Chunks
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, repeat_heads
+from edgekit.export.onnx_side import SideWriter
 from edgekit.export.onnx_table import TokenTable
 from edgekit.export.onnx_values import (
     Decay,
@@ -28,6 +29,7 @@ from edgekit.export.onnx_values import (
     Value,
     pair,
 )
+from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
 from edgekit.export.states import state_records
 from edgekit.models.config import DecoderConfig
 from edgekit.models.rope import inverse_frequencies
@@ -43,9 +45,16 @@ Kind = Literal["conv", "ssm", "key", "value"]
 class OnnxGraph:
     """Builds one decoder; see `mixers/graph.py` for what each method means."""
 
-    def __init__(self, file: OnnxFile, writer: LinearWriter, config: DecoderConfig) -> None:
+    def __init__(
+        self,
+        file: OnnxFile,
+        writer: LinearWriter,
+        config: DecoderConfig,
+        side: SidePaths = NO_SIDE_PATHS,
+    ) -> None:
         """Declare the inputs; `describe_decoder` adds the rest."""
         self.file, self.writer, self.config = file, writer, config
+        self._side = SideWriter(file, writer.weights, side)
         self._states = {(record.layer, record.kind): record for record in state_records(config)}
         self._table = TokenTable(file, writer)
         self._ids = file.input("input_ids", TensorProto.INT64, ["batch", "time"])
@@ -64,7 +73,7 @@ class OnnxGraph:
 
     def linears(self, x: Value, names: Sequence[str]) -> list[Value]:
         """See `Graph.linears`."""
-        return list(FusedLinear(self.file, self.writer, x, names).parts())
+        return list(FusedLinear(self.file, self.writer, self._side, x, names).parts())
 
     def dense(self, x: Value, name: str) -> Value:
         """See `Graph.dense`."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, joint_name
+from edgekit.export.onnx_side import SideWriter
 
 __all__ = ["Decay", "Joint", "Part", "Repeated", "Rotated", "Sum", "Value", "pair"]
 
@@ -105,10 +106,15 @@ class FusedLinear:
     """Several linear layers over one input, as one product and one split."""
 
     def __init__(
-        self, file: OnnxFile, writer: LinearWriter, x: Value, names: Sequence[str]
+        self,
+        file: OnnxFile,
+        writer: LinearWriter,
+        side: SideWriter,
+        x: Value,
+        names: Sequence[str],
     ) -> None:
         """Nothing is emitted before a part is asked for."""
-        self._file, self._writer, self._x, self._names = file, writer, x, names
+        self._file, self._writer, self._side, self._x, self._names = file, writer, side, x, names
         self._uses = [_Use() for _ in names]
         self._joined = False
         self._mask: str | None = None
@@ -150,7 +156,8 @@ class FusedLinear:
 
     def _product(self) -> tuple[str, list[int]]:
         columns = [use.columns for use in self._uses]
-        return self._writer.fused(self._x.name, self._names, columns)
+        y, widths = self._writer.fused(self._x.name, self._names, columns)
+        return self._side.added(y, self._x.name, self._names, columns, widths), widths
 
     def _split(self) -> list[str]:
         if self._parts is None:

@@ -2,8 +2,8 @@
 
 fp32 and fp16 are storage formats of the graph's constants; int8 and int4 are NNCF's weight
 compression (symmetric: on AVX2 the asymmetric form costs about twice the time). The gate, the
-convolution and the feature map of a recurrent layer are never quantised, and with int4 the
-embedding and the head stay at 8 bits.
+convolution and the feature map of a recurrent layer are never quantised, nor are side paths, and
+with int4 the embedding and the head stay at 8 bits.
 """
 
 import contextlib
@@ -18,13 +18,17 @@ import numpy as np
 import openvino as ov
 
 from edgekit.errors import BundleError
+from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
 from edgekit.export.to_openvino import build_openvino
 from edgekit.models.config import DecoderConfig
 from edgekit.models.weights import WeightStore
 
 __all__ = ["save_ir", "write_openvino"]
 
-NEVER_QUANTISED = ".*self_attn\\.(gate_down|gate_up|feature_map|conv_q|conv_k).*"
+NEVER_QUANTISED = [
+    ".*self_attn\\.(gate_down|gate_up|feature_map|conv_q|conv_k).*",
+    ".*\\.lora_(down|up|A|B)",
+]
 CALIBRATION_WINDOW = 256
 PROBE_BYTES = 1 << 20
 COUNTED_NAME = re.compile(r"([A-Z]\w*)_\d+(|\.\d+)")  # as Slice_16277; ours are module paths
@@ -38,6 +42,7 @@ def write_openvino(
     weights_format: str,
     group_size: int = 64,
     calibration: np.ndarray | None = None,
+    side: SidePaths = NO_SIDE_PATHS,
 ) -> None:
     """Write `openvino_model.xml` and `.bin` into the directory `out`.
 
@@ -48,27 +53,29 @@ def write_openvino(
         weights_format: `fp32`, `fp16`, `int8` or `int4`.
         group_size: input columns per int4 scale.
         calibration: token ids `[N]` for data-aware int4 (AWQ and scale estimation), or None.
+        side: low-rank paths beside linear layers; with them, calibration goes without AWQ.
 
     Raises:
         OSError: if the disk is full.
         BundleError: if OpenVINO cannot write it for another reason.
     """
-    model = build_openvino(config, weights, half=weights_format == "fp16")
+    model = build_openvino(config, weights, half=weights_format == "fp16", side=side)
     if weights_format in ("int8", "int4"):
-        _compress(model, weights_format, group_size, _batches(config, calibration))
+        settings = _settings(weights_format, group_size, _batches(config, calibration))
+        if "awq" in settings:  # it scales activations, which a side path reads unscaled
+            settings["awq"] = not side
+        _compress(model, settings)
     if weights_format == "fp32":
         model.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])
     save_ir(model, out / "openvino_model.xml")
 
 
-def _compress(
-    model: ov.Model, weights_format: str, group_size: int, batches: list[dict[str, np.ndarray]]
-) -> None:
+def _compress(model: ov.Model, settings: dict[str, Any]) -> None:
     import nncf
 
     nncf.set_log_level(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bar has no switch
-        nncf.compress_weights(model, **_settings(weights_format, group_size, batches))
+        nncf.compress_weights(model, **settings)
 
 
 def _settings(
@@ -77,7 +84,7 @@ def _settings(
     """Keyword arguments of `nncf.compress_weights`."""
     import nncf
 
-    ignored = nncf.IgnoredScope(patterns=[NEVER_QUANTISED], validate=False)
+    ignored = nncf.IgnoredScope(patterns=NEVER_QUANTISED, validate=False)
     if weights_format == "int8":
         return {"mode": nncf.CompressWeightsMode.INT8_SYM, "ignored_scope": ignored}
     fallback = nncf.GroupSizeFallbackMode.ADJUST

@@ -24,6 +24,7 @@ from edgekit.config import dump
 from edgekit.export import text_files
 from edgekit.export.fidelity import Fidelity, measure_fidelity
 from edgekit.export.plan import Plan, check_choices, make_plan
+from edgekit.export.side_paths import slot_shapes
 from edgekit.export.states import input_names, state_records
 from edgekit.export.verify import Verification, bounds_for, verification_tokens, verify_engine
 from edgekit.sources import open_source
@@ -87,6 +88,7 @@ def convert(
     adapter_mode: str | None = None,
     lines: tuple[float, float] | None = None,
     untie: bool = False,
+    adapter_slots: str | Sequence[str] = (),
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -112,6 +114,8 @@ def convert(
             rounded weights.
         lines: factors of the adapters' differences in the first and the last layer (LiNeS).
         untie: where an adapter changes a head that is the embedding too, give it its own.
+        adapter_slots: linear layers that take adapters at run time: `all`, or names such as
+            `q_proj`, patterns of module paths, and directories of adapters.
         verify: compare both engines with PyTorch, and fail above `verify.bounds_for`.
         force: replace an existing bundle at `out`.
         progress: called with the step's name, its number and the count of steps.
@@ -165,6 +169,7 @@ def convert(
             adapter_mode=adapter_mode,
             lines=factors,
             untie=untie,
+            adapter_slots=adapter_slots,
         )
         tell = _teller(plan.progress_steps(verify), progress)
         fidelity = _fidelity(plan, tell)
@@ -247,6 +252,7 @@ def _write_openvino(plan: Plan, work: Path) -> None:
         weights_format=plan.weights_format,
         group_size=plan.group_size,
         calibration=_calibration_tokens(plan, work),
+        side=plan.side,
     )
 
 
@@ -266,6 +272,7 @@ def _write_onnx(plan: Plan, work: Path) -> None:
         work,
         weights_format=plan.weights_format,
         ops=plan.onnx_ops,
+        side=plan.side,
     )
 
 
@@ -311,6 +318,7 @@ def _manifest(plan: Plan, work: Path, fidelity: tuple[Fidelity, ...]) -> Manifes
         pipeline=plan.manifest_steps(dump(fidelity)),
         versions=_versions(),
         files=describe_files(work),
+        adapter_slots=slot_shapes(plan.side, plan.weights),
     )
 
 

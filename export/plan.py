@@ -10,12 +10,19 @@ from edgekit import targets
 from edgekit.bundle import MARKERS
 from edgekit.config import dump
 from edgekit.errors import EngineError, UsageError
+from edgekit.export.side_paths import (
+    NO_SIDE_PATHS,
+    SidePaths,
+    check_linear,
+    chosen_slots,
+    linear_modules,
+)
 from edgekit.mixers.base import mixer_type
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import with_fresh_mixers
 from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
-from edgekit.sources.adapted import LiNeS, adapted
+from edgekit.sources.adapted import AdaptedStore, LiNeS, adapted
 from edgekit.sources.adapters import Adapter, AdapterChoice
 from edgekit.sources.base import sha256_of
 from edgekit.sources.student import Student, apply_student, read_student
@@ -51,6 +58,7 @@ class Plan:
         lines: factor of the adapters by depth.
         plain: the tensors without the adapters; None where there are none.
         reference: what the bundle must say; None: `weights`.
+        side: adapters that stay beside the weights, and slots for others at run time.
     """
 
     source: Source
@@ -68,6 +76,7 @@ class Plan:
     lines: LiNeS = field(default_factory=LiNeS)
     plain: WeightStore | None = None
     reference: WeightStore | None = None
+    side: SidePaths = NO_SIDE_PATHS
 
     @property
     def adapted_modules(self) -> frozenset[str]:
@@ -106,6 +115,8 @@ class Plan:
         if not self.trained:
             options = {n: dump(getattr(self.config, n)) for n in OPTIONS if n in self.config.mixers}
             steps.append({"step": "mixers", "trained": False, **options})
+        if self.side.slots:
+            steps.append({"step": "adapter slots", "modules": len(self.side.slots)})
         steps.append({"step": "weights", "format": self.weights_format})
         if "openvino" in self.formats:
             steps.append(self._openvino_step())
@@ -230,6 +241,7 @@ def make_plan(
     adapter_mode: str | None = None,
     lines: LiNeS | None = None,
     untie: bool = False,
+    adapter_slots: str | Sequence[str] = (),
 ) -> Plan:
     """Fit checked choices to a source.
 
@@ -252,10 +264,13 @@ def make_plan(
 
     found: tuple[Adapter, ...] = ()
     mode, plain, merged = adapter_mode or ADAPTER_MODES[0], None, source
+    beside: AdaptedStore | None = None
     if adapters:
-        untied, store = adapted(source, adapters, lines=lines, untie=untie)
+        under = None if opened is None else opened.sha256
+        untied, store = adapted(source, adapters, lines=lines, untie=untie, student=under)
         merged, found = replace(source, config=untied, weights=store), store.adapters
         plain = mixed(replace(merged, weights=store.plain()))[1]
+        beside = store if mode == "side-path" else None
     config, tensors = mixed(merged)
     return Plan(
         source=source,
@@ -265,6 +280,7 @@ def make_plan(
         plain=plain,
         adapters=found,
         adapter_mode=mode,
+        side=_side_paths(config, beside, adapter_slots),
         lines=lines or LiNeS(),
         weights_format=chosen,
         group_size=profile.group_size,
@@ -274,6 +290,16 @@ def make_plan(
         calibration=_read_text(Path(calibration)) if calibration else None,
         student=opened,
     )
+
+
+def _side_paths(
+    config: DecoderConfig, beside: AdaptedStore | None, slots: str | Sequence[str]
+) -> SidePaths:
+    constant = {}
+    if beside is not None:
+        check_linear(sorted(beside.modules), linear_modules(config), "adapter_mode side-path")
+        constant = {module: beside.pairs(module) for module in beside.modules}
+    return SidePaths(constant=constant, slots=chosen_slots(slots, config))
 
 
 def _with_mixers(

@@ -2,8 +2,9 @@
 
 Inputs: `input_ids` int64 `[B, T]`, `attention_mask` int64 `[B, S]` over everything so far,
 `position_ids` int64 `[B, T]` if a layer reads positions, the states, and an optional
-`logits_to_keep` (int64 scalar, default 1). Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`,
-`last_logits` `[B, 1, V]`, and the states after, under the names of `states.state_records`.
+`logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of `onnx_side.py`.
+Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, and the states
+after, under the names of `states.state_records`.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_genai import write_genai_config
 from edgekit.export.onnx_linear import LinearWriter, WeightFormat
 from edgekit.export.onnx_portable import PortableGraph
+from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
 from edgekit.models.weights import WeightStore
@@ -31,6 +33,7 @@ def write_onnx(
     *,
     weights_format: str = "fp32",
     ops: str = "contrib",
+    side: SidePaths = NO_SIDE_PATHS,
 ) -> None:
     """Write `out/model.onnx`, `out/model.onnx.data` and `out/genai_config.json`.
 
@@ -42,6 +45,7 @@ def write_onnx(
             blocks, the token table and the head always to 8 bits. The gate, the convolution, the
             feature map and the norms stay fp32 in every format.
         ops: `contrib` for ONNX Runtime's own operators, `portable` for standard ones only.
+        side: low-rank paths beside linear layers, fp32 in every format.
 
     Raises:
         UsageError: for a format, operator set that does not exist.
@@ -55,5 +59,5 @@ def write_onnx(
     with OnnxFile(out) as file:
         contrib = ops == "contrib"
         writer = LinearWriter(file, weights, weights_format, contrib=contrib)
-        describe_decoder(GRAPHS[ops](file, writer, config), config)
+        describe_decoder(GRAPHS[ops](file, writer, config, side), config)
     write_genai_config(config, out, shared_cache=contrib)

@@ -1,8 +1,7 @@
 """The decoder as one stateful OpenVINO IR: a dynamic-T graph that serves prefill and decode alike.
 
 Recurrent layers work on time padded on the right to N chunks of C <= 64 tokens, so that no layer
-has to pad for itself; see `export/openvino_lawcat.py` for their body. Weights stay memory-mapped
-until written.
+has to pad for itself; see `openvino_lawcat.py`. Weights stay memory-mapped until written.
 """
 
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ from openvino import opset15 as op
 from torch.nn import functional
 
 from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attention
+from edgekit.export.openvino_side import sided
 from edgekit.export.openvino_values import at, ints, named, parameter, scalar, sliced, squeezed
 from edgekit.export.openvino_window import Bands, LinearPart, window_attention
+from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
 from edgekit.export.states import history_channels, value_channels
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
@@ -32,19 +33,26 @@ LAST_POSITION = "last_position"  # the runtime bypasses this node when all logit
 MASKED = float(np.finfo(np.float32).min)
 
 
-def build_openvino(config: DecoderConfig, weights: WeightStore, *, half: bool = False) -> ov.Model:
+def build_openvino(
+    config: DecoderConfig,
+    weights: WeightStore,
+    *,
+    half: bool = False,
+    side: SidePaths = NO_SIDE_PATHS,
+) -> ov.Model:
     """Build the stateful model of a decoder.
 
     Args:
         config: the decoder, with a mixer per layer.
         weights: its tensors; they are referenced, not copied.
         half: hold the large matrices in 16 bits (sources of 16 bits stay as they are).
+        side: low-rank paths beside linear layers.
 
     Returns:
-        A model with inputs `input_ids`, `attention_mask`, `beam_idx` (and `position_ids` where
-        needed), output `logits`, and one variable per state.
+        A model with inputs `input_ids`, `attention_mask`, `beam_idx` (`position_ids` if needed),
+        output `logits`, one variable per state and three per slot.
     """
-    graph = OpenVinoGraph(config, weights, half=half)
+    graph = OpenVinoGraph(config, weights, half=half, side=side)
     describe_decoder(graph, config)
     return graph.finish()
 
@@ -61,9 +69,16 @@ class _Time:
 class OpenVinoGraph:
     """`mixers.graph.Graph` over OpenVINO nodes; handles are `[B, T', width]` outputs."""
 
-    def __init__(self, config: DecoderConfig, weights: WeightStore, *, half: bool = False) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: WeightStore,
+        *,
+        half: bool = False,
+        side: SidePaths = NO_SIDE_PATHS,
+    ) -> None:
         """Create the inputs and everything that all layers share."""
-        self._config, self._weights, self._half = config, weights, half
+        self._config, self._weights, self._half, self._side = config, weights, half, side
         self._sinks: list[ov.Node] = []
         self._tensors: list[torch.Tensor] = []  # owners of the memory that constants point into
         self._matrices: dict[str, Handle] = {}
@@ -206,7 +221,8 @@ class OpenVinoGraph:
         return self._linear(x, name, self._weight(f"{name}.weight"))
 
     def _linear(self, x: Handle, name: str, weight: Handle) -> Handle:
-        y = named(op.matmul(x, weight, False, True), name)
+        y, sinks = sided(named(op.matmul(x, weight, False, True), name), x, name, self._side)
+        self._sinks += sinks
         if f"{name}.bias" not in self._weights:
             return y
         return named(op.add(y, self._weight(f"{name}.bias")), f"{name}.bias_add")

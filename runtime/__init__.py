@@ -13,10 +13,19 @@ Example (SmolLM2-135M-Instruct, all softmax, int4; with LAWCAT the state's bytes
     (1, 46080)
 """
 
+from edgekit.runtime.adapters import AdapterInfo
 from edgekit.runtime.generation import GenerationStats
 from edgekit.runtime.model import Model, load
 from edgekit.runtime.sampling import GenerationOptions
 from edgekit.runtime.session import Session
 from edgekit.runtime.state import Snapshot
 
-__all__ = ["GenerationOptions", "GenerationStats", "Model", "Session", "Snapshot", "load"]
+__all__ = [
+    "AdapterInfo",
+    "GenerationOptions",
+    "GenerationStats",
+    "Model",
+    "Session",
+    "Snapshot",
+    "load",
+]

@@ -7,12 +7,15 @@ Shapes: B batch, T tokens of one call, S tokens so far, V vocabulary. A state's 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.bundle import StateRecord
+
+if TYPE_CHECKING:
+    from edgekit.runtime.lowrank import Pair
 
 __all__ = ["Array", "Engine", "EngineRequest", "EngineSettings", "Floats", "Integers", "state_key"]
 
@@ -58,7 +61,11 @@ class EngineRequest(Protocol):
         ...
 
     def reset(self, batch: int) -> None:
-        """Forget everything; the next call starts `batch` new sequences."""
+        """Forget everything; the next call starts `batch` new sequences, with the same adapters."""
+        ...
+
+    def use_adapters(self, lowered: Any) -> None:
+        """Compute with what `Engine.lowered` returned from now on; states stay as they are."""
         ...
 
     def reorder(self, rows: Integers) -> None:
@@ -88,7 +95,15 @@ class Engine(Protocol):
         ...
 
     def request(self, batch: int) -> EngineRequest:
-        """A new request with empty states."""
+        """A new request with empty states and no adapters."""
+        ...
+
+    def lowered(self, pairs: "Mapping[str, Pair]") -> Any:
+        """Adapters by module as this engine wants them, for any number of requests.
+
+        Args:
+            pairs: for modules with a slot; the others get rank 0.
+        """
         ...
 
 

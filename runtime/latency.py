@@ -82,6 +82,7 @@ class Report:
         output_md5: of the greedy token ids at the last depth, comma separated.
         load_average: of the machine over one minute, before and after: other programs spoil it;
             None where the system does not tell (Windows).
+        adapters: weights by name of the run-time adapters that were set.
     """
 
     bundle: str
@@ -102,6 +103,7 @@ class Report:
     cpu: str
     cpu_count: int
     versions: dict[str, str]
+    adapters: dict[str, float]
 
 
 def measure(bundle: str | Path, options: Options, progress: Progress | None = None) -> Report:
@@ -219,6 +221,7 @@ def _facts(model: Model, bundle: str | Path, options: Options) -> dict[str, Any]
         "engine": model.engine,
         "device": model.device,
         "weights": model.manifest.weights,
+        "adapters": model.active_adapters,
         "mixers": {name: mixers.count(name) for name in sorted(set(mixers))},
         "threads": options.threads,
         "repeat": options.repeat,

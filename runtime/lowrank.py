@@ -69,8 +69,8 @@ def low_rank_pairs(file: AdapterFile) -> dict[str, Pair]:
     """
     if file.kind not in KINDS:
         raise AdapterError(
-            f"{file.directory}: peft_type {file.kind!r} given; allowed here: {', '.join(KINDS)}; "
-            "others can be merged: edgekit convert --adapter"
+            f"{file.directory}: peft_type {file.kind!r} given; allowed here: {', '.join(KINDS)} "
+            "(edgekit convert --adapter merges some others)"
         )
     names, fold = KINDS[file.kind]
     modules, rest = grouped(file.tensors, names)
@@ -135,7 +135,7 @@ def _complete(parts: Parts, names: tuple[str, ...]) -> tuple[Floats, ...]:
 def _lora(module: str, parts: tuple[Floats, ...], config: Mapping[str, Any]) -> Pair:
     a, b = parts
     rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    if a.shape[0] != rank:
+    if a.shape[0] != rank or not rank:
         raise AdapterError(f"A {list(a.shape)} given for rank {rank}; save the adapter again")
     alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

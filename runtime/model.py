@@ -3,13 +3,14 @@
 import importlib
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from edgekit import targets
 from edgekit.bundle import ENGINE_FILES, Manifest, check_files, read_manifest
 from edgekit.errors import EngineError, UsageError
+from edgekit.runtime.adapters import AdapterInfo, Adapters
 from edgekit.runtime.engine import Engine, EngineSettings, Integers
 from edgekit.runtime.generation import Generation, GenerationStats
 from edgekit.runtime.sampling import GenerationOptions, GenerationSettings
@@ -154,6 +155,8 @@ class Model:
         )
         self.last_stats: GenerationStats | None = None
         self._compiled, self._logits, self._block = compiled, settings.logits, block
+        self._adapters = Adapters(manifest.adapter_slots)
+        self._active: tuple[dict[str, float], Any] = ({}, compiled.lowered({}))
 
     def session(self, batch: int = 1) -> Session:
         """A new session of `batch` rows; all sessions share this model's weights.
@@ -168,7 +171,67 @@ class Model:
             logits=self._logits,
             block=self._block,
             batch=batch,
+            adapters=lambda: self._active[1],
         )
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name: how many modules matched, rank, bytes."""
+        return self._adapters.infos
+
+    @property
+    def active_adapters(self) -> dict[str, float]:
+        """What `set_adapters` set last: weights by name."""
+        return dict(self._active[0])
+
+    def load_adapter(
+        self, path: Path | str, name: str | None = None, *, over: Path | str | None = None
+    ) -> str:
+        """Read an adapter that PEFT saved, and check it against the bundle's slots; sets nothing.
+
+        Args:
+            path: its directory; or a vector pack, a file, with `over`.
+            name: what to call it; None: as the directory or the file is called.
+            over: a loaded adapter's name, or a directory, whose projections the vector pack uses.
+
+        Returns:
+            The name.
+
+        Warns:
+            UserWarning: if some of its modules have no slot.
+
+        Raises:
+            AdapterError: if the bundle has no slots, or the adapter cannot be read, is no low-rank
+                difference, is of another model, or none of its modules has a slot.
+            UsageError: if the name is taken.
+        """
+        return self._adapters.load(Path(path), name, over)
+
+    def set_adapters(self, weights: Mapping[str, float]) -> None:
+        """Choose the adapters of the sequences that begin from now on.
+
+        Sequences under way keep theirs, so this may be called while other threads generate; a
+        session takes the change at its next `reset`.
+
+        Args:
+            weights: by name, of loaded adapters, which are added up exactly; 0 leaves one out, and
+                an empty mapping is the base model, bit for bit.
+
+        Raises:
+            UsageError: for an adapter that is not loaded, or a weight that is not finite.
+        """
+        lowered = self._compiled.lowered(self._adapters.combined(weights))
+        self._active = ({name: float(w) for name, w in weights.items() if w}, lowered)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a loaded adapter.
+
+        Raises:
+            UsageError: if there is none of this name, or it is set.
+        """
+        if name in self._active[0]:
+            raise UsageError(f"adapter {name!r} is set; set_adapters without it first")
+        self._adapters.unload(name)
 
     @overload
     def generate(self, prompt: str, **settings: Unpack[GenerationSettings]) -> str: ...

@@ -22,6 +22,7 @@ from onnxruntime.capi import (
 from edgekit.bundle import Manifest, StateRecord
 from edgekit.errors import BundleError, EngineError
 from edgekit.runtime.engine import Array, EngineSettings, Floats, Integers, state_key
+from edgekit.runtime.lowrank import Pair
 from edgekit.runtime.state import state_shape
 
 __all__ = ["OnnxEngine", "OnnxRequest"]
@@ -75,6 +76,14 @@ class OnnxEngine:
         """A new IO binding with states of its own."""
         return InPlaceRequest(self, batch) if self.in_place else FreshRequest(self, batch)
 
+    def lowered(self, pairs: Mapping[str, Pair]) -> dict[str, onnxruntime.OrtValue]:
+        """Values of the optional inputs that hold adapters: A `[in, r]` and B `[r, out]`."""
+        make, values = onnxruntime.OrtValue.ortvalue_from_numpy, {}
+        for module, pair in pairs.items():
+            values[f"{module}.lora_A"] = make(np.ascontiguousarray(pair.a.T))
+            values[f"{module}.lora_B"] = make(np.ascontiguousarray(pair.b.T))
+        return values
+
 
 def _shares_states(manifest: Manifest) -> bool:
     """Whether the graph's operators let one buffer be past and present at once."""
@@ -103,6 +112,7 @@ class OnnxRequest(ABC):
         self._engine = engine
         self._binding = engine.session.io_binding()
         self._columns = 0
+        self._used: dict[str, onnxruntime.OrtValue] = {}
         self.reset(batch)
 
     def infer(self, feeds: Mapping[str, Integers]) -> Floats:
@@ -136,6 +146,17 @@ class OnnxRequest(ABC):
         self._columns = 0
         records = self._engine.records
         self._adopt({r: np.zeros(state_shape(r, batch, 0), r.dtype) for r in records})
+
+    def use_adapters(self, lowered: Mapping[str, onnxruntime.OrtValue]) -> None:
+        """Bind the inputs of some slots, and rank 0 to those that were bound before."""
+        empty = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(_without_rank(name, value.shape()))
+            for name, value in self._used.items()
+            if name not in lowered
+        }
+        for name, value in (empty | dict(lowered)).items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._used = dict(lowered)
 
     def reorder(self, rows: Integers) -> None:
         """Gather the rows of every state."""
@@ -252,6 +273,12 @@ def _fits(array: Array, buffer: Array) -> bool:
     """Whether `buffer` can hold `array`: alike but for more room along the growing axis."""
     apart = buffer.shape[:2] == array.shape[:2] and buffer.shape[3:] == array.shape[3:]
     return apart and buffer.shape[2] >= array.shape[2]
+
+
+def _without_rank(name: str, shape: list[int]) -> Floats:
+    """What an unset `{module}.lora_A [in, r]` or `.lora_B [r, out]` holds."""
+    sizes = (shape[0], 0) if name.endswith("A") else (0, shape[1])
+    return np.zeros(sizes, np.float32)
 
 
 def _grows(record: StateRecord) -> bool:

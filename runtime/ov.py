@@ -14,11 +14,13 @@ import openvino as ov
 from edgekit.bundle import Manifest
 from edgekit.errors import BundleError, EngineError
 from edgekit.runtime.engine import Array, EngineSettings, Floats, Integers, state_key
+from edgekit.runtime.lowrank import Pair
 
 __all__ = ["OpenVinoEngine", "OpenVinoRequest"]
 
 LAST_POSITION = "last_position"  # the node that cuts the hidden states down to one position
 VIRTUAL_DEVICES = ("AUTO", "BATCH", "HETERO", "MULTI")
+SLOT = "adapter."  # how the names of the variables that hold adapters begin
 
 
 class OpenVinoEngine:
@@ -57,13 +59,25 @@ class OpenVinoEngine:
         """A new infer request with empty variables."""
         return OpenVinoRequest(self._compiled.create_infer_request(), self.keys, batch)
 
+    def lowered(self, pairs: Mapping[str, Pair]) -> dict[str, ov.Tensor]:
+        """Values of the variables that hold adapters; weights are in B, so alpha is 1."""
+        values = {}
+        for module, pair in pairs.items():
+            parts = {"a": pair.a, "b": pair.b, "alpha": np.ones((1, pair.rank), np.float32)}
+            for part, array in parts.items():
+                values[f"{SLOT}{module}.{part}"] = ov.Tensor(np.ascontiguousarray(array))
+        return values
+
 
 class OpenVinoRequest:
     """An infer request; rows are reordered by the next call's `beam_idx`."""
 
     def __init__(self, request: ov.InferRequest, keys: Mapping[str, str], batch: int) -> None:
         self._request, self._keys = request, keys
-        self._variables = {keys[state.name]: state for state in request.query_state()}
+        variables = {state.name: state for state in request.query_state()}
+        self._variables = {keys[n]: s for n, s in variables.items() if not n.startswith(SLOT)}
+        self._slots = {name: s for name, s in variables.items() if name.startswith(SLOT)}
+        self._used: set[str] = set()
         self._rows: Integers = np.arange(batch)
         self._settled = self._rows.astype(np.int32)
         self._pending = False
@@ -88,9 +102,18 @@ class OpenVinoRequest:
         self._pending = False
 
     def reset(self, batch: int) -> None:
-        """Return every variable to its initial value."""
-        self._request.reset_state()
+        """Return every state to its initial value; `reset_state` would wipe adapters too."""
+        for state in self._variables.values():
+            state.reset()
         self._settle(batch)
+
+    def use_adapters(self, lowered: Mapping[str, ov.Tensor]) -> None:
+        """Set the variables of some slots, and empty those of the others."""
+        for name in self._used - lowered.keys():
+            self._slots[name].reset()
+        for name, tensor in lowered.items():
+            self._slots[name].state = tensor
+        self._used = set(lowered)
 
     def reorder(self, rows: Integers) -> None:
         """Remember the order; the graph gathers each state by it at the next call."""

@@ -4,7 +4,7 @@ B rows (batch), T tokens of one call, S columns appended so far, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class Session:
     """One sequence in flight, or a batch of them, with its own state.
 
     Sessions of one model share its weights and may run in different threads; one session may not.
+    A sequence keeps the adapters that it began with: a session takes those that the model has set
+    when it is made and at every `reset`, and a state that is restored holds none.
 
     Example:
         >>> session = model.session()                               # doctest: +SKIP
@@ -48,6 +50,7 @@ class Session:
         logits: Literal["last", "all"],
         block: int,
         batch: int,
+        adapters: Callable[[], Any] = lambda: None,
     ) -> None:
         """Start `batch` empty sequences; `Model.session` is the usual way here.
 
@@ -58,6 +61,7 @@ class Session:
             logits: what the bundle was compiled to answer.
             block: tokens of one engine call, so that memory does not grow with a prompt.
             batch: B.
+            adapters: what the engine lowered of the adapters that a new sequence gets.
 
         Raises:
             UsageError: if `batch` is below 1.
@@ -65,6 +69,8 @@ class Session:
         if not isinstance(batch, int) or batch < 1:
             raise UsageError(f"batch {batch!r} given; allowed: a whole number, 1 or more")
         self._request = engine.request(batch)
+        self._adapters, self._used = adapters, None
+        self._take_adapters()
         self._inputs = engine.inputs
         self._manifest = manifest
         self._name = name
@@ -160,10 +166,17 @@ class Session:
         return self._mask[:, :after]
 
     def reset(self) -> None:
-        """Forget everything; the next append starts anew."""
+        """Forget everything; the next append starts anew, with the model's adapters of now."""
         self._request.reset(self.batch)
+        self._take_adapters()
         self._position = 0
         self._tokens = np.zeros(self.batch, dtype=np.int64)
+
+    def _take_adapters(self) -> None:
+        wanted = self._adapters()
+        if wanted is not self._used:
+            self._request.use_adapters(wanted)
+            self._used = wanted
 
     def reorder(self, rows: npt.ArrayLike | Sequence[int]) -> None:
         """Make row i what row `rows[i]` was; repeating or leaving out rows changes the batch.

@@ -44,6 +44,7 @@ class Options:
         device: the engine's device name; None: the target's.
         threads: CPU threads; None: the target's, or else the engine's choice.
         memory: whether to run the second process that measures memory.
+        adapters: directories with weights, for a bundle with adapter slots.
     """
 
     prompts: tuple[int, ...] = (128, 1024)
@@ -54,6 +55,7 @@ class Options:
     device: str | None = None
     threads: int | None = None
     memory: bool = True
+    adapters: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -76,8 +78,10 @@ class Options:
 
 
 def open_model(bundle: str | Path, options: Options) -> Model:
-    """Load the bundle as `options` ask; raises what `edgekit.runtime.load` raises."""
-    return load(bundle, engine=options.engine, device=options.device, threads=options.threads)
+    """Load the bundle and set the adapters as `options` ask; raises what these raise."""
+    model = load(bundle, engine=options.engine, device=options.device, threads=options.threads)
+    model.set_adapters({model.load_adapter(path): weight for path, weight in options.adapters})
+    return model
 
 
 def check_context(model: Model, options: Options) -> None:

@@ -3,6 +3,8 @@
 edgekit adapter info ADAPTER
 edgekit adapter merge SOURCE ADAPTER[:WEIGHT]... -o MODEL
 edgekit adapter fold ADAPTER[:WEIGHT]... -o LORA
+edgekit adapter pack AFLORA -o VECTORS.safetensors
+edgekit adapter onnx BUNDLE ADAPTER[:WEIGHT] -o FILE.onnx_adapter
 """
 
 import argparse
@@ -46,6 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_adapters(fold, "LORA")
     fold.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     fold.set_defaults(action=_fold)
+    pack = verbs.add_parser(
+        "pack", help="the vectors of an AFLoRA adapter without its projections", allow_abbrev=False
+    )
+    pack.add_argument("adapter", type=Path, metavar="AFLORA")
+    pack.add_argument("-o", "--output", type=Path, required=True, metavar="VECTORS.safetensors")
+    pack.add_argument("--half", action="store_true", help="in 16 bits")
+    pack.set_defaults(action=_pack)
+    onnx = verbs.add_parser(
+        "onnx", help="a file for ONNX Runtime's own adapters on a bundle", allow_abbrev=False
+    )
+    onnx.add_argument("bundle", type=Path, metavar="BUNDLE")
+    onnx.add_argument("adapter", metavar="ADAPTER[:WEIGHT]")
+    onnx.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.onnx_adapter")
+    onnx.set_defaults(action=_onnx)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,3 +143,20 @@ def _fold(args: argparse.Namespace) -> str:
     out = stack_adapters(choices, args.output, dtype=args.dtype, force=args.force)
     result: dict[str, Any] = {"out": str(out), "adapters": [str(c.path) for c in choices]}
     return as_json(result) if args.json else as_table([("lora", str(out))])
+
+
+def _pack(args: argparse.Namespace) -> str:
+    from edgekit.runtime.adapter_file import read_adapter
+    from edgekit.runtime.vector_pack import write_pack
+
+    write_pack(read_adapter(args.adapter), args.output, half=args.half)
+    return as_table([("vectors", str(args.output)), ("size", size(args.output.stat().st_size))])
+
+
+def _onnx(args: argparse.Namespace) -> str:
+    from edgekit.export.onnx_adapter import write_onnx_adapter
+    from edgekit.sources.adapters import parse_choice
+
+    chosen = parse_choice(args.adapter)
+    count = write_onnx_adapter(args.bundle, chosen.path, args.output, weight=chosen.weight)
+    return as_table([("file", str(args.output)), ("modules", str(count))])

@@ -1,20 +1,32 @@
 """Arguments that verbs share: layer ranges, the flags of engine and device."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekit.command import whole
 from edgekit.targets.schema import ENGINES
 
+if TYPE_CHECKING:
+    from edgekit.runtime import Model
+
 __all__ = [
+    "add_adapters",
     "add_device",
     "add_engine",
     "add_json",
     "choices",
+    "heard",
     "layers",
     "natural",
     "pair",
     "positive",
+    "use_adapters",
 ]
 
 
@@ -113,6 +125,53 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads (default: the target's, or the engine's choice)",
     )
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add `--adapter`, repeatable, for bundles with adapter slots."""
+    parser.add_argument(
+        "--adapter",
+        dest="adapters",
+        action="append",
+        type=_weighted,
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="a PEFT adapter for a bundle with adapter slots; several are added up",
+    )
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """An adapter's directory and weight; a directory of the whole name comes first."""
+    path, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not path or not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given; allowed: PATH or PATH:WEIGHT, such as my-adapter:0.5"
+        )
+    return path, weight
+
+
+def use_adapters(model: "Model", adapters: Sequence[tuple[str, float]]) -> None:
+    """Load and set adapters, directories with weights; warnings become lines on stderr."""
+    if not adapters:
+        return
+    with heard():
+        model.set_adapters({model.load_adapter(path): w for path, w in adapters})
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Print warnings as the command prints everything else that it has to say."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in found:
+        print(f"edgekit: {warning.message}", file=sys.stderr)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapters.add_argument(
         "--untie", action="store_true", help="give the head a matrix of its own if adapted"
     )
+    adapters.add_argument(
+        "--adapter-slots",
+        default="none",
+        metavar="all|none|LIST",
+        help="layers that take adapters at run time: names such as q_proj,v_proj, patterns, or "
+        "an adapter's directory for those that it adapts (default: none)",
+    )
     graph = parser.add_argument_group("graph and weights")
     graph.add_argument("--weights", choices=WEIGHTS, help="default: the target's")
     graph.add_argument(
@@ -123,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             adapter_mode=args.adapter_mode,
             lines=args.lines,
             untie=args.untie,
+            adapter_slots=args.adapter_slots,
             verify=not args.no_verify,
             force=args.force,
             progress=progress.step,

@@ -53,6 +53,8 @@ def _summary(manifest: Manifest) -> Iterator[tuple[str, str]]:
     context = model.context_length
     yield "context", "no limit" if context is None else f"{context} tokens"
     yield "weights", manifest.weights
+    if manifest.adapter_slots:
+        yield "adapter slots", f"{len(manifest.adapter_slots)} modules"
     yield "engines", ", ".join(manifest.engines)
     yield "target", manifest.target
     yield "pipeline", " > ".join(str(step.get("step", step)) for step in manifest.pipeline) or "-"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import add_device, choices, positive
+from edgekit.cli.arguments import add_adapters, add_device, choices, heard, positive
 from edgekit.cli.output import as_json, as_markdown, as_table, size, write_text
 from edgekit.command import numbers
 from edgekit.targets.schema import ENGINES
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", type=choices(ENGINES), help="one, or a list such as openvino,onnx"
     )
     add_device(parser)
+    add_adapters(parser)
     parser.add_argument(
         "--prompt", type=numbers, default=(128, 1024), metavar="N,N", help="prompt lengths"
     )
@@ -75,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
             engine=engine,
             device=args.device,
             threads=args.threads,
+            adapters=tuple(args.adapters),
         )
-        with Progress() as progress:
+        with heard(), Progress() as progress:
             reports.append(measure(args.bundle, options, progress.step))
     _warn_if_busy(reports[0])  # the load before a later one is that of the earlier
     write_text(_render(reports, args.format), args.output)
@@ -165,10 +167,11 @@ def _footer(report: "Report") -> str:
     mixers = ", ".join(f"{count} {name}" for name, count in report.mixers.items())
     threads = "engine's choice" if report.threads is None else report.threads
     load = f"{report.load_average[0]:.1f}" if report.load_average else "-"
+    adapters = "".join(f", adapter {name} x {w:g}" for name, w in report.adapters.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return (
-        f"{report.bundle} on {report.engine} {report.device}: {report.weights}, {mixers}; "
-        f"model {size(report.model_bytes)}, load {report.load_ms:.0f} ms, "
+        f"{report.bundle} on {report.engine} {report.device}: {report.weights}, "
+        f"{mixers}{adapters}; model {size(report.model_bytes)}, load {report.load_ms:.0f} ms, "
         f"compile {report.compile_ms:.0f} ms, peak RSS {peak}; "
         f"{report.repeat} repetitions, threads: {threads}; {report.cpu}, {report.cpu_count} CPUs, "
         f"load before: {load}; "

@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import add_engine, add_json, positive
+from edgekit.cli.arguments import (
+    add_adapters,
+    add_engine,
+    add_json,
+    positive,
+    use_adapters,
+)
 from edgekit.cli.output import as_json
 from edgekit.cli.sampling import add_sampling, settings
 from edgekit.config import dump
@@ -30,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     add_engine(parser)
+    add_adapters(parser)
     add_sampling(parser)
     parser.add_argument(
         "--num-beams", type=positive, default=1, metavar="N", help="above 1: beam search"
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     GenerationOptions.of(options)  # refuses a wrong flag before the model is loaded
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
+    use_adapters(model, args.adapters)
     if not args.raw and model.tokenizer.has_chat_template:
         prompt = model.chat_prompt([{"role": "user", "content": prompt}])
     text = _generate(model, prompt, options, silent=args.json)

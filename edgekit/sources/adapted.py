@@ -53,6 +53,7 @@ def adapted(
     *,
     lines: LiNeS | None = None,
     untie: bool = False,
+    student: str | None = None,
 ) -> tuple[DecoderConfig, "AdaptedStore"]:
     """A model with adapters merged into it.
 
@@ -62,15 +63,19 @@ def adapted(
         lines: a factor by depth for all of them.
         untie: where an adapter changes the head or the embedding of a model that has one matrix for
             both, give the head its own.
+        student: sha256 of the student's tensors that will be put over it.
 
     Returns:
         The model's configuration and tensors.
 
     Raises:
         UsageError: if an adapter is given twice.
-        AdapterError: as `open_adapter`, or for a tied matrix without `untie`.
+        AdapterError: as `open_adapter`, for a tied matrix without `untie`, or for an adapter that
+            was trained on another student.
     """
     adapters = tuple(open_adapter(choice, source) for choice in choices)
+    for adapter in adapters:
+        _check_student(adapter, student)
     seen: dict[str, Path] = {}
     for adapter in adapters:
         if adapter.file.sha256 in seen or adapter.name in {path.name for path in seen.values()}:
@@ -177,6 +182,16 @@ class AdaptedStore:
         """A head that an adapter changes and the base shares with its embedding."""
         untied = name == f"{HEAD}.weight" and name not in self.base
         return untied and not self.config.tied_head
+
+
+def _check_student(adapter: Adapter, student: str | None) -> None:
+    """Refuse an adapter of a student that is not there; one of the plain model may go under any."""
+    wanted = (adapter.tuning or {}).get("student") or {}
+    if wanted.get("sha256") not in (None, student):
+        raise AdapterError(
+            f"{adapter.file.directory}: trained on the student {wanted.get('name')} (sha256 "
+            f"{wanted['sha256'][:12]}); give --student with that one"
+        )
 
 
 def _untied(config: DecoderConfig, adapters: Sequence[Adapter], untie: bool) -> DecoderConfig:

@@ -121,6 +121,11 @@ class Student:
     directory: Path
     tensors: WeightStore
 
+    @property
+    def sha256(self) -> str:
+        """Of its tensors' file."""
+        return self.manifest.files[TENSORS].sha256
+
 
 def ancestor(manifest: StudentManifest) -> dict[str, Any]:
     """What a student's descendants keep of how it was made: name, tensors, recipe and data."""

@@ -146,6 +146,27 @@ def test_fold_and_info_on_the_command_line(
     assert "no: it can be merged only" in capsys.readouterr().out
 
 
+def test_pack_and_onnx_on_the_command_line(
+    tiny_checkpoint: Checkpoint,
+    made: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter, bundle = made("aflora"), tmp_path / "bundle"
+    vectors, file = tmp_path / "v.safetensors", tmp_path / "a.onnx_adapter"
+    assert main(["adapter", "pack", str(adapter), "-o", str(vectors), "--half"]) == 0
+    assert vectors.stat().st_size < (adapter / "adapter_model.safetensors").stat().st_size / 2
+    options = ["--format", "onnx", "--no-verify", "--adapter-slots", "q_proj,v_proj"]
+    checkpoint = str(tiny_checkpoint("llama"))
+    assert main(["convert", checkpoint, "-o", str(bundle), *options]) == 0
+    capsys.readouterr()
+    assert main(["adapter", "onnx", str(bundle), f"{adapter}:0.5", "-o", str(file)]) == 0
+    assert "modules  6" in capsys.readouterr().out
+    assert file.read_bytes()[4:8] == b"TORT"
+    assert main(["adapter", "pack", str(made("lora")), "-o", str(tmp_path / "w.safetensors")]) == 1
+    assert "AFLORA" in capsys.readouterr().err
+
+
 def test_what_is_refused(
     tiny_checkpoint: Checkpoint, made: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -93,6 +93,25 @@ def test_adapters_under_a_student(tiny_checkpoint: Checkpoint, tmp_path: Path) -
     assert np.abs(say(tmp_path / "b", "onnx") - say(tmp_path / "p", "onnx")).max() > 0.1
 
 
+def test_adapter_of_a_student_goes_with_that_student(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("llama")
+    make(checkpoint, tmp_path / "lora", "lora")
+    student = write_tiny_student(tmp_path / "student", checkpoint, ("lawcat",) * 3)
+    record = {"name": "student", "sha256": read_student(student).sha256}
+    (tmp_path / "lora" / "tune.json").write_text(json.dumps({"student": record}))
+    options = {"adapters": [tmp_path / "lora"], "formats": ["onnx"], "verify": False}
+    with pytest.raises(AdapterError, match=r"trained on the student student .* give --student"):
+        convert(checkpoint, tmp_path / "b", **options)
+    other = write_tiny_student(tmp_path / "other", checkpoint, ("lawcat",) * 3, conv_size=3)
+    with pytest.raises(AdapterError, match="give --student with that one"):
+        convert(checkpoint, tmp_path / "b", student=other, **options)
+    convert(checkpoint, tmp_path / "b", student=student, **options)
+    (told,) = adapters_step(tmp_path / "b")["adapters"]
+    assert told["trained_on"]["student"] == record
+
+
 def test_small_adapter_drowns_in_int4_and_says_so(
     tiny_checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

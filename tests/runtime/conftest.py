@@ -1,13 +1,18 @@
 """Tiny bundles of every kind on both engines, and the torch decoder that they came from."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from edgekit.adapters.aflora import AFLoraConfig
 from edgekit.export.pipeline import convert
 from edgekit.models.config import DecoderConfig, LawcatConfig
 from edgekit.models.decoder import Decoder, with_fresh_mixers
@@ -22,6 +27,13 @@ KINDS = {
     "hybrid": {"mixer": "lawcat", "softmax_layers": (1,)},
 }
 ENGINES = ("openvino", "onnx")
+LAYOUTS: dict[str, dict[str, Any]] = {**KINDS, "lolcats": {"mixer": "lolcats"}}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=ALL),
+    "aflora": lambda: AFLoraConfig(r=3, aflora_alpha=5.0, target_modules=["q_proj", "v_proj"]),
+    "dora": lambda: peft.LoraConfig(r=2, use_dora=True, target_modules=ALL),
+}
 Loader = Callable[..., Model]
 Reference = Callable[..., np.ndarray]
 
@@ -103,3 +115,51 @@ def _torch_logits(decoder: Decoder, ids: np.ndarray, mask: np.ndarray | None = N
     with torch.inference_mode():
         given = None if mask is None else torch.from_numpy(mask)
         return decoder(torch.from_numpy(ids), mask=given)[0].numpy()
+
+
+@pytest.fixture(scope="session")
+def adapter(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`adapter("lora", "qwen2")` is a directory that PEFT wrote, made once; read-only."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(kind: str, family: str = "llama") -> Path:
+        if (kind, family) not in made:
+            model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(family))
+            random = torch.Generator().manual_seed(len(kind))
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                model = peft.get_peft_model(model, ADAPTERS[kind]())
+                for name, parameter in model.named_parameters():
+                    if "lora_" in name:
+                        parameter.add_(0.15 * torch.randn(parameter.shape, generator=random))
+                made[kind, family] = tmp_path_factory.mktemp(family) / kind
+                model.save_pretrained(made[kind, family])
+        return made[kind, family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fresh(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Loader:
+    """`fresh("hybrid", "onnx", adapter_slots="all")` is a new model of a bundle made once."""
+    made: dict[str, Path] = {}
+
+    def make(
+        layout: str,
+        engine: str,
+        *,
+        weights: str = "fp32",
+        family: str = "llama",
+        logits: Any = "last",
+        **settings: Any,
+    ) -> Model:
+        key = f"{layout} {weights} {family} {sorted(settings.items())}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("bundles") / "bundle"
+            options = {"weights": weights, "verify": False, "target": "generic-x86"}
+            convert(tiny_checkpoint(family), made[key], **options, **LAYOUTS[layout], **settings)
+        return load(made[key], engine=engine, logits=logits, check=False)
+
+    return make
