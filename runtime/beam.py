@@ -78,7 +78,7 @@ def beam_search(
         UsageError: if the prompt does not fit the model's context.
     """
     started, ttft = time.perf_counter(), 0.0
-    logits = session.append(prompt)
+    logits = session.next_logits(prompt)
     search = _Search(options.num_beams, [_Beam(tokens=(), row=0, score=0.0)])
     limit = options.max_new_tokens
     if session.room is not None:
@@ -91,7 +91,7 @@ def beam_search(
         if step + 1 == limit or not search.can_improve():
             break
         session.reorder([beam.row for beam in search.running])
-        logits = session.append([[beam.tokens[-1]] for beam in search.running])
+        logits = session.next_logits([[beam.tokens[-1]] for beam in search.running])
     best = search.finished[0][1].tokens
     if best[-1] in ends:
         return BeamText(tokens=list(best[:-1]), ending="end of text", ttft_seconds=ttft)

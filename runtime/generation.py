@@ -128,7 +128,7 @@ class Generation:
         """Row number and piece of text, as they come; empty pieces are left out."""
         running = list(range(len(self._rows)))
         started = time.perf_counter()
-        logits = self._session.append(*left_padded(self._prompts))
+        logits = self._session.next_logits(*left_padded(self._prompts))
         while running:
             shown = [(i, self._advance(at, i, logits)) for at, i in enumerate(running)]
             self._ttft = self._ttft or time.perf_counter() - started
@@ -137,7 +137,7 @@ class Generation:
             started = time.perf_counter()
             running = self._drop_ended(running)
             if running:
-                logits = self._session.append([[self._rows[i].last] for i in running])
+                logits = self._session.next_logits([[self._rows[i].last] for i in running])
         self._finish(
             sum(row.count for row in self._rows),
             tuple(row.ending for row in self._rows if row.ending),

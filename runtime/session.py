@@ -139,6 +139,11 @@ class Session:
             return blocks[0][:, -1]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
 
+    def next_logits(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Floats:
+        """`append`, and the logits of the last position alone, `[B, V]`, however it was opened."""
+        logits = self.append(ids, mask)
+        return logits if self._logits == "last" else logits[:, -1]
+
     def _step(self, tokens: Integers, valid: Integers) -> Floats:
         """One engine call; position and mask move only when it succeeded."""
         after = self._position + tokens.shape[1]

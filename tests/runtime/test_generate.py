@@ -43,6 +43,17 @@ def test_a_batch_gives_what_each_prompt_gives(opened: Loader, kind: str, engine:
     assert together == [model.generate(prompt, max_new_tokens=24) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_model_that_answers_for_every_position_writes_the_same(
+    opened: Loader, engine: str, settings: dict[str, int]
+) -> None:
+    texts = [
+        opened("hybrid", engine, logits=logits).generate(PROMPTS, max_new_tokens=12, **settings)
+        for logits in ("last", "all")
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_rows_of_a_batch_end_apart(opened: Loader, engine: str) -> None:
     model = opened("hybrid", engine)
     texts = model.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)

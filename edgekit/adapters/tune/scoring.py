@@ -15,7 +15,17 @@ from edgekit.data.tuning_tasks import LABELS, Example
 from edgekit.mixers.base import State
 from edgekit.runtime.text import Tokenizer
 
-__all__ = ["Scores", "edit_distance", "greedy", "read_examples", "score"]
+__all__ = [
+    "NEW_TOKENS",
+    "Scores",
+    "edit_distance",
+    "first_line",
+    "graded",
+    "greedy",
+    "labelled",
+    "read_examples",
+    "score",
+]
 
 Integers = npt.NDArray[np.int64]
 BATCH = 32
@@ -47,10 +57,12 @@ def score(task: str, model: Tuned, tokenizer: Tokenizer, examples: Sequence[Exam
     that greedy generation writes, which is right if it is the sentence, to the character.
     """
     model.eval()
-    if task == "sentiment":
-        answers = _likeliest(model, tokenizer, [example.prompt for example in examples])
-    else:
-        answers = _written(model, tokenizer, [example.prompt for example in examples])
+    answer = _likeliest if task == "sentiment" else _written
+    return graded(task, answer(model, tokenizer, [e.prompt for e in examples]), examples)
+
+
+def graded(task: str, answers: Sequence[str], examples: Sequence[Example]) -> Scores:
+    """What answers are worth, however they were found."""
     wanted = [example.completion.strip() for example in examples]
     right = [answer == reference for answer, reference in zip(answers, wanted, strict=True)]
     rates = [edit_distance(a, w) / max(1, len(w)) for a, w in zip(answers, wanted, strict=True)]
@@ -142,21 +154,26 @@ def _written(model: Tuned, tokenizer: Tokenizer, prompts: Sequence[str]) -> list
         given = [encoded[i] for i in batch]
         found = greedy(model, given, new_tokens=NEW_TOKENS, decided=decided)
         for i, ids in zip(batch, found, strict=True):
-            texts[i] = tokenizer.decode(ids).strip().partition("\n")[0].strip()
+            texts[i] = first_line(tokenizer.decode(ids))
     return texts
+
+
+def first_line(text: str) -> str:
+    """The answer in what was written."""
+    return text.strip().partition("\n")[0].strip()
 
 
 def _likeliest(model: Tuned, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
     """The label of larger log-probability for each prompt."""
     scores = np.empty((len(prompts), len(LABELS)))
     for label, text in enumerate(LABELS):
-        rows = [_labelled(tokenizer, prompt, text) for prompt in prompts]
+        rows = [labelled(tokenizer, prompt, text) for prompt in prompts]
         for batch in _batches([len(ids) for ids, _ in rows]):
             scores[batch, label] = _log_likelihoods(model, [rows[i] for i in batch])
     return [LABELS[i].strip() for i in scores.argmax(axis=1)]
 
 
-def _labelled(tokenizer: Tokenizer, prompt: str, label: str) -> tuple[Integers, int]:
+def labelled(tokenizer: Tokenizer, prompt: str, label: str) -> tuple[Integers, int]:
     """Ids of both together, and where the label begins."""
     before, whole = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(prompt + label)
     common = min(len(before), len(whole))
