@@ -53,14 +53,18 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it tells of every form that it tried; the error below is enough
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ImportError, OSError, ValueError) as cause:
         raise SourceError(
             f"{directory}: no usable tokenizer ({cause}); add tokenizer.json"
         ) from cause
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def write_tokenizer_ir(out: Path) -> None:

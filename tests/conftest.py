@@ -1,7 +1,6 @@
 """Shared fixtures: tiny checkpoints, fixed seeds, few threads, uninitialised memory that is NaN."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 - what third-party code under test may draw from
-
-
-@pytest.fixture(autouse=True)
-def quiet_transformers() -> None:
-    """Each test begins with the library's log level as it was: a Trainer sets it for everybody."""
-    if "transformers" in sys.modules:
-        sys.modules["transformers"].logging.set_verbosity_error()
 
 
 @pytest.fixture(scope="session")

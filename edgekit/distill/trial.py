@@ -180,7 +180,7 @@ class Trial:
                     perplexity=perplexity[name],
                     state_bytes=state_bytes(student, self.layers, autocast),
                     parameters=sum(parameter.numel() for parameter in new),
-                    seconds=round(seconds[name], 1),
+                    seconds=round(seconds[name], 3),
                     stopped_at=min(lost) if lost else None,
                 )
             )
