@@ -56,7 +56,7 @@ def _load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer, logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it tells of every form that it tried; the error below is enough
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it tells of every form that it tried; the error below is enough
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ImportError, OSError, ValueError) as cause:
