@@ -38,6 +38,8 @@ class NeedleShare:
         share: of all rows, 0 to 1, in steps of 1 / BLOCK.
         kinds: of `edgekit.data.needles`; each needle draws one of them.
         lengths: tokens; each needle draws one of them.
+        depths: where needles lie, 0 (the beginning) to 1; each draws one of them. None: evenly,
+            as in evaluations.
         essay: the haystack of `niah-2` and `niah-3`.
 
     Raises:
@@ -47,6 +49,7 @@ class NeedleShare:
     share: float
     kinds: tuple[str, ...] = ("passkey", "niah-1")
     lengths: tuple[int, ...] = (256,)
+    depths: tuple[float, ...] | None = None
     essay: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class NeedleShare:
             raise UsageError(f"needle kinds {self.kinds} given; allowed: {', '.join(KINDS)}")
         if not self.lengths:
             raise UsageError("no lengths of needles given; give one or more, in tokens")
+        if self.depths is not None and not (self.depths and all(0 <= d <= 1 for d in self.depths)):
+            raise UsageError(f"depths {self.depths} of needles given; allowed: one or more, 0 to 1")
         if self.essay is None and any(needs_essay(kind) for kind in self.kinds):
             raise UsageError("niah-2 and niah-3 hide their needle in an essay; give one")
 
@@ -230,14 +235,18 @@ class Mixture:
         random, share = np.random.default_rng([self._seed, NEEDLE, number]), self._share
         kind = share.kinds[int(random.integers(len(share.kinds)))]
         length = share.lengths[int(random.integers(len(share.lengths)))]
-        sample = self._sample(kind, length, seed=int(random.integers(EVALUATION_SEED)))
+        seed, depth = int(random.integers(EVALUATION_SEED)), None
+        if share.depths is not None:
+            depth = share.depths[int(random.integers(len(share.depths)))]
+        sample = self._sample(kind, length, seed=seed, depth=depth)
         return as_row(completion(sample.prompt, sample.answer, self._tokenizer, eos=self._eos))
 
-    def _sample(self, kind: str, length: int, *, seed: int) -> Sample:
+    def _sample(self, kind: str, length: int, *, seed: int, depth: float | None = None) -> Sample:
         return make_sample(
             kind,
             length=length,
             seed=seed,
+            depth=depth,
             encode=self._tokenizer.encode_prompt,
             essay=self._share.essay,
             answer_room=1,  # for eos

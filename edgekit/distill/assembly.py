@@ -194,6 +194,7 @@ def _mixtures(
                 share=stage.needles.share,
                 kinds=stage.needles.kinds,
                 lengths=stage.needles.lengths,
+                depths=stage.needles.depths,
                 essay=essay,
             )
             mixtures[number] = corpus.mix(

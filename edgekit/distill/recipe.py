@@ -23,11 +23,13 @@ class Needles:
         share: of all rows, 0 to 1.
         kinds: `passkey`, `niah-1`, `niah-2`, `niah-3`.
         lengths: tokens; each row draws one of them.
+        depths: where needles lie, 0 (the beginning) to 1; each row draws one of them. None: evenly.
     """
 
     share: float = 0.0
     kinds: tuple[str, ...] = ("passkey", "niah-1")
     lengths: tuple[int, ...] = (256,)
+    depths: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -158,6 +158,17 @@ def test_needles_teach_their_answer(tiny: Tokenizer) -> None:
     assert set(lengths > 400) == {False, True}
 
 
+def test_needles_lie_where_they_are_asked_for(tiny: Tokenizer) -> None:
+    def heads(depths: tuple[float, ...] | None) -> list[bool]:
+        share = NeedleShare(share=1.0, kinds=("passkey",), lengths=(512,), depths=depths)
+        batch = mixed([], tiny, length=512, needles=share).batch(0, 20)
+        return ["pass key is" in tiny.decode(ids[:200]) for ids in batch.ids]
+
+    assert all(heads((0.0, 0.1)))
+    assert not any(heads((0.9, 1.0)))
+    assert set(heads(None)) == {False, True}
+
+
 def test_a_corpus_is_read_once_for_several_stages(files: list[Path], tiny: Tokenizer) -> None:
     corpus = read_corpus(files, tiny, eos=EOS)
     for length, seed, needles in ((16, 1, None), (512, 2, NEEDLES)):
@@ -217,6 +228,8 @@ def test_bad_options(
         pytest.param({"share": 0.1, "kinds": ("niah-9",)}, "allowed: passkey", id="kind"),
         pytest.param({"share": 0.1, "kinds": ("niah-2",)}, "essay", id="essay"),
         pytest.param({"share": 0.1, "lengths": ()}, "no lengths", id="lengths"),
+        pytest.param({"share": 0.1, "depths": (0.5, 1.5)}, "one or more, 0 to 1", id="depths"),
+        pytest.param({"share": 0.1, "depths": ()}, "one or more, 0 to 1", id="no depths"),
     ],
 )
 def test_bad_shares(options: dict[str, object], message: str) -> None:
