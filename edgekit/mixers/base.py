@@ -16,6 +16,7 @@ from torch import nn
 
 import edgekit.mixers
 from edgekit.errors import UsageError
+from edgekit.kernels.head_gate.reference import SEEN, gated_queries, head_factors
 from edgekit.mixers.graph import Graph
 
 __all__ = ["MixerContext", "State", "TokenMixer", "mixer_names", "mixer_type"]
@@ -66,17 +67,25 @@ class MixerContext:
         rotate: rotates `[B, T, H, d]` by the positions of this step.
         mask: 1 for the tokens of this step, 0 for padding, `[B, T]`; None when nothing is padded.
         past_mask: the same for all tokens so far, `[B, S]`, S >= T; None when nothing is padded.
+        image: which tokens of this step belong to an image, bool `[B, T]`; None: none.
         form: which of a recurrent mixer's equal forms to compute.
     """
 
     rotate: Callable[[torch.Tensor], torch.Tensor]
     mask: torch.Tensor | None = None
     past_mask: torch.Tensor | None = None
+    image: torch.Tensor | None = None
     form: Form = "chunked"
 
 
 class TokenMixer(nn.Module):
-    """Mixes information across time; stands where a transformer has its self-attention."""
+    """Mixes information across time; stands where a transformer has its self-attention.
+
+    Attributes:
+        spin: how this layer's heads are turned down (`models.spin.SpinConfig`); None: they are not.
+    """
+
+    spin: Any = None
 
     def __init__(self, config: MixerConfig) -> None:
         """Create the teacher's four projections, under the teacher's names."""
@@ -103,6 +112,28 @@ class TokenMixer(nn.Module):
         """Mix `x [B, T, D]`, continuing from `state`; returns `[B, T, D]` and the new state."""
         heads, after = self.mix(x, context, state)
         return self.o_proj(heads), after
+
+    def marked(self, v: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Values `[B, T, heads, d]` with one more column where SPIN asks: 1 on image tokens.
+
+        What a head returns in that column is the share of its weight that image tokens have.
+        """
+        if self.spin is None:
+            return v
+        image = v.new_zeros(v.shape[:2]) if context.image is None else context.image.to(v.dtype)
+        return torch.cat((v, image[..., None, None].expand(*v.shape[:3], 1)), dim=-1)
+
+    def gated(self, y: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """The heads `[B, T, H, d]`, or with the column of `marked`, side by side `[B, T, H d]`."""
+        if self.spin is None:
+            return y.flatten(2)
+        y, mass = y[..., :-1], y[..., -1]
+        sees = mass.sum(dim=-1) > SEEN
+        image = torch.zeros_like(sees) if context.image is None else context.image.bool()
+        gate = gated_queries(sees, image, self.spin.queries)
+        kept = self.spin.kept(y.shape[2])
+        factors = head_factors(mass, gate, kept, self.spin.alpha, self.spin.lowering)
+        return (y * factors[..., None]).flatten(2)
 
     @abstractmethod
     def mix(

@@ -67,7 +67,7 @@ class Mixer(TokenMixer):
             y, after["ssm"] = FORMS[context.form](
                 q, k, widened(v), g, entering, eps=options.eps, normalise=options.normaliser
             )
-        return y.flatten(2).to(x.dtype), after
+        return self.gated(y, context).to(x.dtype), after
 
     def _projected(
         self, x: torch.Tensor, context: MixerContext
@@ -75,6 +75,7 @@ class Mixer(TokenMixer):
         """Queries `[B, T, H, d]`; keys, values and the log decay, repeated to the state heads."""
         repeat = self.config.state_heads // self.config.num_kv_heads
         q, k, v = self.project(x)
+        v = self.marked(v, context)
         if self.config.lawcat.position == "rope":
             q, k = context.rotate(q), context.rotate(k)
         k, v, g = (y.repeat_interleave(repeat, dim=2) for y in (k, v, self.log_decay(x)))

@@ -50,10 +50,10 @@ class Mixer(TokenMixer):
     ) -> tuple[torch.Tensor, State]:
         """Read `x [B, T, D]` in the form `context.form`; padding is a no-op."""
         q, k, v = self.project(x)
-        q, k = context.rotate(q), context.rotate(k)
+        q, k, v = context.rotate(q), context.rotate(k), self.marked(v, context)
         packing = _Packing.of(context.mask, x)
         q, k, v = (packing.pack(y).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
-        before = self._empty(k) if state is None else state
+        before = self._empty(k, v) if state is None else state
         window = {
             "key": torch.cat((before["key"], k), dim=2),
             "value": torch.cat((before["value"], v), dim=2),
@@ -61,7 +61,7 @@ class Mixer(TokenMixer):
         }
         y, ssm = self._attend(q, window, before["ssm"], packing, context.form)
         heads = packing.unpack(y.transpose(1, 2))
-        return heads.flatten(2).to(x.dtype), {**packing.recent(window), "ssm": ssm}
+        return self.gated(heads, context).to(x.dtype), {**packing.recent(window), "ssm": ssm}
 
     def _attend(
         self, q: torch.Tensor, window: State, ssm: torch.Tensor, packing: "_Packing", form: str
@@ -94,16 +94,16 @@ class Mixer(TokenMixer):
         heads = (self.config.num_kv_heads, self.config.groups)
         return x.reshape(*x.shape[:axis], *heads, *x.shape[axis + 1 :])
 
-    def _empty(self, k: torch.Tensor) -> State:
+    def _empty(self, k: torch.Tensor, v: torch.Tensor) -> State:
         """The state before the first token."""
         config, options = self.config, self.config.lolcats
         batch, heads, _, d = k.shape
-        window, rows = options.window, options.features(d)
+        window, rows, columns = options.window, options.features(d), v.shape[3]
         return {
             "key": k.new_zeros(batch, heads, window, d),
-            "value": k.new_zeros(batch, heads, window, d),
+            "value": k.new_zeros(batch, heads, window, columns),
             "seen": torch.zeros(batch, window, dtype=torch.bool, device=k.device),
-            "ssm": widened(k).new_zeros(batch, config.num_heads, rows, d + 1),
+            "ssm": widened(k).new_zeros(batch, config.num_heads, rows, columns + 1),
         }
 
     @staticmethod

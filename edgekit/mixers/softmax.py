@@ -23,6 +23,7 @@ class Mixer(TokenMixer):
     ) -> tuple[torch.Tensor, State]:
         """Attend from `x [B, T, D]` to the cache and itself."""
         q, k, v = self.project(x)
+        v = self.marked(v, context)
         q, k, v = (t.transpose(1, 2) for t in (context.rotate(q), context.rotate(k), v))
         if state is not None:
             k, v = torch.cat((state["key"], k), dim=2), torch.cat((state["value"], v), dim=2)
@@ -31,7 +32,7 @@ class Mixer(TokenMixer):
         y = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=plain, enable_gqa=True
         )
-        return y.transpose(1, 2).flatten(2), {"key": k, "value": v}
+        return self.gated(y.transpose(1, 2), context), {"key": k, "value": v}
 
     @staticmethod
     def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgekit.errors import UsageError
+from edgekit.models.spin import SpinConfig
 
 __all__ = ["DecoderConfig", "LawcatConfig", "LolcatsConfig", "RopeConfig"]
 
@@ -114,6 +115,8 @@ class DecoderConfig:
         qk_norm: RMS norm over each head of q and k (Qwen3).
         context_length: positions a softmax layer may see: the model's limit or its sliding window.
         mixers: registry key of each layer's token mixer.
+        spin: heads turned down by how far they look at the image; None, also where one is given
+            that changes nothing: all count alike.
     """
 
     family: str
@@ -138,6 +141,7 @@ class DecoderConfig:
     mixers: tuple[str, ...] = ()
     lawcat: LawcatConfig = field(default_factory=LawcatConfig)
     lolcats: LolcatsConfig = field(default_factory=LolcatsConfig)
+    spin: SpinConfig | None = None
 
     def __post_init__(self) -> None:
         """Fill the mixers in (softmax everywhere) and check that the sizes fit together."""
@@ -149,6 +153,18 @@ class DecoderConfig:
             object.__setattr__(self, "mixers", ("softmax",) * self.num_layers)
         if len(self.mixers) != self.num_layers:
             raise UsageError(f"{len(self.mixers)} mixers given for {self.num_layers} layers")
+        if self.spin is not None:
+            self._check_spin(self.spin)
+            if self.spin.inert(self.num_heads):
+                object.__setattr__(self, "spin", None)
+
+    def _check_spin(self, spin: SpinConfig) -> None:
+        spin.kept(self.num_heads)
+        chosen = {self.mixers[layer] for layer in spin.chosen(self.num_layers)}
+        if spin.score != "mass":
+            raise UsageError(f"spin score {spin.score!r} given; a decoder reads 'mass' alone")
+        if "lawcat" in chosen and not self.lawcat.normaliser:
+            raise UsageError("SPIN reads the share of a LAWCAT head from its normaliser; keep it")
 
     @property
     def groups(self) -> int:
@@ -172,8 +188,9 @@ class DecoderConfig:
 
     @property
     def value_columns(self) -> int:
-        """Columns of the exported state: values, normaliser, padding to a multiple of 8."""
-        return -(-(self.head_dim + 1) // 8) * 8
+        """Columns of the exported state: values, normaliser, indicator, padding to 8."""
+        indicator = int(self.spin is not None)
+        return -(-(self.head_dim + 1 + indicator) // 8) * 8
 
     @property
     def needs_positions(self) -> bool:

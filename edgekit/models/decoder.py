@@ -45,6 +45,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = mixer_type(config.mixers[layer])(config)
+        if config.spin is not None and layer in config.spin.chosen(config.num_layers):
+            self.self_attn.spin = config.spin
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Mlp(config)
 
@@ -66,7 +68,7 @@ class _Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A whole language model; call it on token ids.
+    """A whole language model; call it on token ids, or on embeddings where images have theirs.
 
     Example:
         >>> decoder = Decoder.from_store(config, store)            # doctest: +SKIP
@@ -104,39 +106,43 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        ids: torch.Tensor,
+        given: torch.Tensor,
         *,
         mask: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
         state: list[State] | None = None,
         form: Form = "chunked",
     ) -> tuple[torch.Tensor, list[State]]:
         """Logits of every position.
 
         Args:
-            ids: token ids `[B, T]`.
+            given: token ids `[B, T]`, or embeddings `[B, T, D]`.
             mask: 1 for tokens, 0 for padding, over everything so far `[B, S]`, S >= T; None: no
                 padding.
+            image: which of these T belong to an image, bool `[B, T]`, for SPIN; None: none.
             state: what an earlier call returned.
             form: which form a recurrent mixer computes.
 
         Returns:
             fp32 logits `[B, T, V]` and the state of each layer.
         """
-        hidden, after = self.hidden(ids, mask=mask, state=state, form=form)
+        hidden, after = self.hidden(given, mask=mask, image=image, state=state, form=form)
         return self.lm_head(hidden).float(), after
 
     def hidden(
         self,
-        ids: torch.Tensor,
+        given: torch.Tensor,
         *,
         mask: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
         state: list[State] | None = None,
         form: Form = "chunked",
     ) -> tuple[torch.Tensor, list[State]]:
         """What the head reads, `[B, T, D]` after the last norm; arguments of `forward`."""
-        total = ids.shape[1] + _position(state) if mask is None else mask.shape[1]
-        context = step_context(self.config, ids.shape[1], total, mask, form, ids.device)
-        x = self.model.embed_tokens(ids)
+        time = given.shape[1]
+        total = time + _position(state) if mask is None else mask.shape[1]
+        context = step_context(self.config, time, total, mask, form, given.device, image)
+        x = given if given.is_floating_point() else self.model.embed_tokens(given)
         after = []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, context, None if state is None else state[i])
@@ -155,6 +161,7 @@ def step_context(
     mask: torch.Tensor | None,
     form: Form,
     device: torch.device | None = None,
+    image: torch.Tensor | None = None,
 ) -> MixerContext:
     """What the layers share while they read `time` tokens, the last of `total` so far.
 
@@ -165,13 +172,14 @@ def step_context(
         mask: 1 for tokens, 0 for padding, `[B, S]`; None: no padding.
         form: which form a recurrent mixer computes.
         device: where the tokens are; None: the CPU, or where the mask is.
+        image: which of the `time` tokens belong to an image, bool `[B, T]`; None: none.
     """
     every = torch.arange(total, device=device)[None]
     steps = every if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
     cos, sin = rope_tables(config.rope, config.head_dim, steps[:, total - time :])
     rotate: Callable[[torch.Tensor], torch.Tensor] = lambda x: apply_rope(x, cos, sin)  # noqa: E731
     recent = None if mask is None else mask[:, total - time :]
-    return MixerContext(rotate=rotate, mask=recent, past_mask=mask, form=form)
+    return MixerContext(rotate=rotate, mask=recent, past_mask=mask, image=image, form=form)
 
 
 def with_fresh_mixers(config: DecoderConfig, store: WeightStore) -> WeightStore:

@@ -4,7 +4,7 @@ Each head is scored by how far it looks at the image; the heads that look least 
 That makes a vision-language model lean less on what its language alone expects.
 """
 
-from edgekit.spin.config import SpinConfig
+from edgekit.models.spin import SpinConfig
 from edgekit.spin.presets import preset, preset_names
 from edgekit.spin.torch_form import Spin, apply
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgekit.config import load
 from edgekit.errors import UsageError
-from edgekit.spin.config import SpinConfig
+from edgekit.models.spin import SpinConfig
 
 __all__ = ["preset", "preset_names"]
 

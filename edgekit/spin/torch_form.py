@@ -1,7 +1,7 @@
 """SPIN in any vision-language model of transformers whose attention goes through its registry.
 
 The model's own attention stays: what it returns for a head, before the output projection, is
-multiplied as `gate.multipliers` says. Whether a key belongs to an image is read from the token ids
+multiplied as `kernels/head_gate` says. Whether a key belongs to an image is read from the token ids
 of each call and kept beside the cache.
 
 Example:
@@ -21,13 +21,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from edgekit.errors import UnsupportedError, UsageError
-from edgekit.spin.config import SpinConfig
-from edgekit.spin.gate import gated_queries, multipliers
+from edgekit.kernels.head_gate.reference import gated_queries, head_factors
+from edgekit.models.spin import SpinConfig
 from edgekit.spin.scores import logit_score, mass_score, visible_keys
 
 __all__ = ["Observer", "Spin", "apply"]
 
-# Called with a layer, its scores [B, H, T] and the gated queries [B, T].
+# Called with a layer, its scores [B, T, H] and the gated queries [B, T].
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 NAME = "edgekit_spin"  # among transformers' attention implementations
@@ -132,13 +132,14 @@ class Spin:
         start = min(image.shape[1], keys) - query.shape[2]
         image = _aligned(image, keys)
         visible = visible_keys(mask, query.shape[2], keys, key.device)
-        gate = gated_queries(image, visible, config.queries, start)
-        scores = SCORES[config.score](query, key, image, visible, scale)
+        sees = (visible[:, 0] & image[:, None]).any(dim=-1)
+        gate = gated_queries(sees, image[:, start : start + query.shape[2]], config.queries)
+        scores = SCORES[config.score](query, key, image, visible, scale).mT
         for observer in self._observers:
             observer(layer, scores, gate)
         kept = config.kept(query.shape[1])
-        factors = multipliers(scores, gate, kept, config.alpha, config.lowering)
-        return output * factors.mT[..., None].to(output.dtype)
+        factors = head_factors(scores, gate, kept, config.alpha, config.lowering)
+        return output * factors[..., None].to(output.dtype)
 
     def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each call of the model: which of its tokens belong to an image."""

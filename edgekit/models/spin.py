@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgekit.errors import UsageError
+from edgekit.kernels.head_gate.reference import Lowering, Queries
 
-__all__ = ["Lowering", "Queries", "Score", "SpinConfig"]
+__all__ = ["Score", "SpinConfig"]
 
 Score = Literal["mass", "logit"]
-Queries = Literal["text", "last"]
-Lowering = Literal["topk", "rank"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +75,10 @@ class SpinConfig:
             given = f"suppress {self.suppress}" if self.keep is None else f"keep {self.keep}"
             raise UsageError(f"{given} given for {heads} heads; allowed: what keeps 1 or more")
         return kept
+
+    def inert(self, heads: int) -> bool:
+        """Whether this changes nothing in a model with so many heads."""
+        return self.alpha == 1 or self.kept(heads) == heads
 
     def chosen(self, layers: int) -> range:
         """The layers that are gated, of a model with so many.

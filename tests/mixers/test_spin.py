@@ -1,0 +1,219 @@
+"""SPIN in every mixer, against weights that are read through one-hot values.
+
+B batch, T time, H query heads, d head width.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from edgekit.errors import UsageError
+from edgekit.kernels.head_gate.reference import gated_queries, head_factors
+from edgekit.mixers.base import State, TokenMixer
+from edgekit.models.config import DecoderConfig, LawcatConfig, LolcatsConfig
+from edgekit.models.decoder import Decoder, DecoderLayer, step_context
+from edgekit.models.spin import SpinConfig
+from edgekit.spin import apply
+from edgekit.testing import TOLERANCE, assert_close
+from edgekit.testing_vlm import IMAGE, tiny_vlm
+
+BATCH, TIME, WIDTH, HEAD = 2, 30, 48, 32  # fewer tokens than a head is wide
+MIXERS = ("softmax", "lawcat", "lolcats")
+SPIN = SpinConfig(suppress=3, alpha=0.25)
+RATIO = TOLERANCE["float32"]
+
+
+def config(mixer: str, spin: SpinConfig | None = None, **options: Any) -> DecoderConfig:
+    return DecoderConfig(
+        family="llama",
+        vocab_size=50,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=HEAD,
+        context_length=128,
+        mixers=(mixer,),
+        lawcat=LawcatConfig(**options),
+        lolcats=LolcatsConfig(window=5),
+        spin=spin,
+    )
+
+
+def built(mixer: str, spin: SpinConfig | None = None, **options: Any) -> TokenMixer:
+    """A mixer with random tensors, the same whatever `spin` is."""
+    torch.manual_seed(3)
+    found = DecoderLayer(config(mixer, spin, **options), 0).self_attn.eval()
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return found
+
+
+def tokens(rows: str) -> torch.Tensor:
+    """`.` text, `o` image."""
+    return torch.tensor([[c == "o" for c in row] for row in rows.split()])
+
+
+PICTURES = tokens("...oooooo.......ooo........... oo............................")
+PADDED = tokens("......oooo.................... ..oooo........................")
+MASK = torch.ones(BATCH, TIME, dtype=torch.long)
+MASK[0, :4] = 0
+
+
+def given(seed: int = 5) -> torch.Tensor:
+    return torch.randn(BATCH, TIME, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def mixed(
+    mixer: TokenMixer,
+    x: torch.Tensor,
+    image: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    *,
+    form: str = "chunked",
+    cuts: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """The heads `[B, T, H d]`, read in pieces that end at `cuts`."""
+    pieces, state = [], None
+    for start, end in zip((0, *cuts), (*cuts, TIME), strict=True):
+        so_far = None if mask is None else mask[:, :end]
+        now = None if image is None else image[:, start:end]
+        context = step_context(mixer.config, end - start, end, so_far, form, None, now)  # type: ignore[arg-type]
+        piece, state = mixer.mix(x[:, start:end], context, state)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1)
+
+
+def weights(mixer: TokenMixer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What each head gives to each token, `[B, T, H, T]`: its output where values are one-hot."""
+    positions = torch.eye(TIME, HEAD)[None, :, None].expand(BATCH, -1, 2, -1)
+    project = mixer.project
+    mixer.project = lambda y: (*project(y)[:2], positions)  # type: ignore[method-assign]
+    heads = mixed(mixer, x, None, mask).unflatten(-1, (-1, HEAD))
+    mixer.project = project  # type: ignore[method-assign]
+    return heads[..., :TIME]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("queries", ["text", "last"])
+@pytest.mark.parametrize("lowering", ["topk", "rank"])
+@pytest.mark.parametrize(("image", "mask"), [(PICTURES, None), (PADDED, MASK)], ids=["", "padded"])
+def test_heads_are_turned_down_by_their_weights(
+    mixer: str, queries: str, lowering: str, image: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    spin = replace(SPIN, queries=queries, lowering=lowering)  # type: ignore[arg-type]
+    x, plain = given(), built(mixer)
+    mass = (weights(plain, x, mask) * image[:, None, None]).sum(dim=-1)
+    assert 0.01 < mass.mean() < 0.9
+    gate = gated_queries(image.cumsum(dim=1) > 0, image, queries)  # type: ignore[arg-type]
+    factors = head_factors(mass, gate, 3, 0.25, "rank").repeat_interleave(HEAD, dim=-1)
+    expected, actual = (
+        mixed(plain, x, image, mask) * factors,
+        mixed(built(mixer, spin), x, image, mask),
+    )
+    seen = MASK.bool() if mask is not None else torch.ones_like(MASK).bool()
+    assert_close("heads", expected[seen], actual[seen], ratio=RATIO)
+    assert not torch.allclose(mixed(plain, x, image, mask)[seen], actual[seen], atol=1e-2)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["", "padded"])
+def test_forms_and_pieces_agree(mixer: str, mask: torch.Tensor | None) -> None:
+    image = PICTURES if mask is None else PADDED
+    x, spun = given(), built(mixer, SPIN)
+    expected = mixed(spun, x, image, mask)
+    seen = torch.ones_like(MASK).bool() if mask is None else mask.bool()
+    for form in ("parallel", "recurrent"):
+        actual = mixed(spun, x, image, mask, form=form)
+        assert_close(form, expected[seen], actual[seen], ratio=RATIO)
+    for cuts in ((7,), (5, 17, 18, 29)):
+        actual = mixed(spun, x, image, mask, cuts=cuts)
+        assert_close(str(cuts), expected[seen], actual[seen], ratio=RATIO)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("sharing", ["q_head", "kv_head"])
+def test_without_images_nothing_changes(mixer: str, sharing: str) -> None:
+    x = given()
+    plain = mixed(built(mixer, state_sharing=sharing), x, None)
+    for image in (None, torch.zeros(BATCH, TIME, dtype=torch.bool)):
+        actual = mixed(built(mixer, SPIN, state_sharing=sharing), x, image)
+        assert_close("heads", plain, actual, ratio=RATIO)
+
+
+def test_what_changes_nothing_is_left_out() -> None:
+    assert config("softmax", SpinConfig(suppress=0)).spin is None
+    assert config("softmax", SpinConfig(suppress=3, alpha=1.0)).spin is None
+    assert config("softmax", SPIN).spin == SPIN
+
+
+def test_settings_that_a_decoder_cannot_read() -> None:
+    with pytest.raises(UsageError, match="reads 'mass' alone"):
+        config("softmax", replace(SPIN, score="logit"))
+    with pytest.raises(UsageError, match="normaliser"):
+        config("lawcat", SPIN, normaliser=False)
+    with pytest.raises(UsageError, match="suppress 6 given for 6 heads"):
+        config("softmax", SpinConfig(suppress=6))
+    with pytest.raises(UsageError, match="layers 0 to 2 given; allowed: up to 1"):
+        config("softmax", replace(SPIN, layers=(0, 2)))
+
+
+def test_only_chosen_layers_are_gated() -> None:
+    spun = replace(config("softmax"), num_layers=3, mixers=("softmax", "lawcat", "softmax"))
+    decoder = Decoder(replace(spun, spin=replace(SPIN, layers=(1, 3))))
+    assert [layer.self_attn.spin is not None for layer in decoder.layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("family", ["llava", "llava-gqa"])
+@torch.no_grad()
+def test_the_decoder_says_what_transformers_says(family: str) -> None:
+    vlm = tiny_vlm(family)
+    inputs = vlm.inputs(([5, 6], None, [7, 8, 9, 10, 11]), ([5, 6, 7], None, [8], None, [10]))
+    caught: dict[str, torch.Tensor] = {}
+    hook = vlm.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: caught.update(x=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    spin = SpinConfig(suppress=2, alpha=0.25)
+    with apply(vlm.model, spin):
+        expected = vlm.model(**inputs).logits
+    hook.remove()
+    decoder = _text_decoder(vlm.model, spin)
+    image, mask = inputs["input_ids"] == IMAGE, inputs["attention_mask"]
+    seen = mask.bool()
+    whole, _ = decoder(caught["x"], mask=mask, image=image)
+    assert_close("logits", expected[seen], whole[seen], ratio=RATIO)
+    state: list[State] | None = None
+    for start, end in ((0, 20), (20, 21), (21, mask.shape[1])):
+        now = caught["x"][:, start:end], mask[:, :end], image[:, start:end]
+        part, state = decoder(now[0], mask=now[1], image=now[2], state=state)
+        rows = seen[:, start:end]
+        assert_close("part", expected[:, start:end][rows], part[rows], ratio=RATIO)
+
+
+def _text_decoder(model: Any, spin: SpinConfig) -> Decoder:
+    text = model.config.text_config
+    decoder = Decoder(
+        DecoderConfig(
+            family="llama",
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            intermediate_size=text.intermediate_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            context_length=text.max_position_embeddings,
+            rms_norm_eps=text.rms_norm_eps,
+            tied_head=False,
+            spin=spin,
+        )
+    )
+    tensors = {
+        f"model.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()
+    }
+    decoder.load_state_dict({**tensors, "lm_head.weight": model.lm_head.weight})
+    return decoder.eval()
