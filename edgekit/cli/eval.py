@@ -81,6 +81,9 @@ def _add_needle_arguments(group: "argparse._ArgumentGroup") -> None:
         "--max-new-tokens", type=positive, metavar="N", help="of an answer (passkey: 16, niah: 128)"
     )
     group.add_argument("--batch", type=positive, metavar="N", help="prompts side by side")
+    group.add_argument(
+        "--give-up", type=positive, metavar="N", help="leave a length whose first N are all wrong"
+    )
     group.add_argument("--seed", type=natural, default=0, metavar="N")
     group.add_argument("--plot", type=Path, metavar="PNG", help="draw length by depth")
 
@@ -147,6 +150,7 @@ def _retrieval(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         batch=args.batch,
+        give_up=args.give_up,
     )
     haystack = None if args.haystack is None else read_text(args.haystack)
     if args.plot is not None:

@@ -74,6 +74,8 @@ def _needles(options: RetrievalOptions, measured: Sequence[Measured]) -> str:
         f"{options.task}: share that is right (95 % Wilson interval) of {samples} samples per "
         f"cell over {options.depths} depths, greedy, at most {options.new_tokens} new tokens"
     )
+    if options.give_up is not None:
+        title += f"; a cell whose first {options.give_up} samples are all wrong has no more"
     rows = []
     for m in measured:
         cells = m.needles[options.task]["cells"]

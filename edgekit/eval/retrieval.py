@@ -45,6 +45,8 @@ class RetrievalOptions:
         max_new_tokens: of an answer, within the length; None: 16 for a passkey, else 128.
         seed: another one gives other samples.
         batch: prompts answered side by side; None: as many as hold 16384 tokens, at most 16.
+        give_up: leave a length whose first so many samples are all wrong; None: never. Its
+            interval is that of these samples.
     """
 
     task: str
@@ -54,6 +56,7 @@ class RetrievalOptions:
     max_new_tokens: int | None = None
     seed: int = 0
     batch: int | None = None
+    give_up: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -71,6 +74,7 @@ class RetrievalOptions:
         counts = {"lengths": min(self.lengths, default=0), "samples": min(self.samples)}
         counts |= {"depths": self.depths, "max-new-tokens": self.new_tokens}
         counts |= {"batch": 1 if self.batch is None else self.batch}
+        counts |= {"give-up": 1 if self.give_up is None else self.give_up}
         for name, value in counts.items():
             if value < 1:
                 raise UsageError(f"{name} {value} given; allowed: 1 or more")
@@ -94,9 +98,15 @@ class RetrievalOptions:
             return self.samples[0]
         return self.samples[self.lengths.index(length)]
 
-    def rows(self, length: int) -> int:
-        """Prompts of `length` answered side by side."""
-        return self.batch or max(1, min(LARGEST_BATCH, BATCH_TOKENS // length))
+    def batches(self, length: int, samples: Sequence[int]) -> list[list[int]]:
+        """Some samples of `length` as they are answered side by side.
+
+        A batch ends where `give_up` looks back, so that its size says nothing about the figures.
+        """
+        rows = self.batch or max(1, min(LARGEST_BATCH, BATCH_TOKENS // length))
+        border = self.give_up or 0
+        parts = [i for i in samples if i < border], [i for i in samples if i >= border]
+        return [part[i : i + rows] for part in parts for i in range(0, len(part), rows)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +156,8 @@ def retrieval(
     kept = Journal(journal, run.settings)
     batches = run.missing(kept.records)
     for number, (length, samples) in enumerate(batches):
+        if run.hopeless(length, kept.records):
+            continue
         if progress is not None:
             progress(f"{options.task} at {length} tokens", number, len(batches))
         for record in run.answered(length, samples):
@@ -194,9 +206,14 @@ class _Run:
             left = [i for i in numbers if (length, i) not in there]
             if left:
                 self._sample(length, left[0])  # a length that is too short is refused at once
-            rows = self.options.rows(length)
-            batches += [(length, left[i : i + rows]) for i in range(0, len(left), rows)]
+            batches += [(length, batch) for batch in self.options.batches(length, left)]
         return batches
+
+    def hopeless(self, length: int, records: Sequence[Record]) -> bool:
+        """Whether the first samples of `length` were all wrong, and it is to be left at that."""
+        first = range(self.options.give_up or 0)
+        found = [r["correct"] for r in records if r["length"] == length and r["sample"] in first]
+        return bool(first) and len(found) == len(first) and not any(found)
 
     def answered(self, length: int, numbers: Sequence[int]) -> list[Record]:
         """The records of some samples, answered side by side."""
@@ -234,6 +251,8 @@ class _Run:
         if refusal is not None:
             return Cell(length=length, refused=refusal)
         wanted = range(self.options.count(length))
+        if self.hopeless(length, records):
+            wanted = range(min(len(wanted), self.options.give_up or 0))
         return summed(
             length, [r for r in records if r["length"] == length and r["sample"] in wanted]
         )

@@ -74,6 +74,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
                 max_new_tokens=args.max_new_tokens,
                 seed=args.seed,
                 batch=args.batch,
+                give_up=args.give_up,
             )
             for task in args.task
             if task in KINDS
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--haystack", type=Path, metavar="FILE", help="essay of niah-2 and niah-3")
     add("--seed", type=int, default=0, metavar="N")
     add("--batch", type=int, metavar="N", help="prompts side by side")
+    add("--give-up", type=int, metavar="N", help="leave a length whose first N are all wrong")
     add("--engine", choices=("openvino", "onnx"), help="of every bundle")
     add("--device", help="of every model")
     add("--threads", type=int, metavar="N")

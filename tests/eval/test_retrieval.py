@@ -115,6 +115,24 @@ def test_journal_goes_on_where_it_was_killed(finder: Finder, tmp_path: Path) -> 
     assert len(journal.read_bytes().splitlines()) == 13
 
 
+@pytest.mark.parametrize("batch", [1, 4, None])
+def test_giving_up_looks_at_the_first_samples_alone(
+    finder: Finder, tmp_path: Path, batch: int | None
+) -> None:
+    asked = options(samples=(9,), batch=batch, give_up=3)
+    journal = tmp_path / "s.jsonl"
+    wrong = retrieval(finder(say=lambda _: " 0."), asked, journal=journal)
+    assert [(cell.samples, cell.correct) for cell in wrong.cells] == [(3, 0), (3, 0)]
+    assert wrong.cells[0].interval == pytest.approx((0, 0.5615), abs=1e-3)
+    assert len(journal.read_text().splitlines()) == 7
+    again = retrieval(finder(), asked, journal=journal)  # nothing is answered that was left
+    assert [cell.samples for cell in again.cells] == [3, 3]
+    more = retrieval(finder(), options(samples=(9,), batch=batch), journal=journal)
+    assert [(cell.samples, cell.correct) for cell in more.cells] == [(9, 6), (9, 6)]
+    right = retrieval(finder(), asked)
+    assert [(cell.samples, cell.correct) for cell in right.cells] == [(9, 9), (9, 9)]
+
+
 def test_lengths_and_samples_may_be_added(finder: Finder, tmp_path: Path) -> None:
     journal = tmp_path / "s.jsonl"
     first = retrieval(finder(), options(lengths=(700,), samples=(4,)), journal=journal)
