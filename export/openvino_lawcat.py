@@ -22,7 +22,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from edgekit.export.openvino_values import ints, scalar
+from edgekit.export.openvino_spin import HeadGate
+from edgekit.export.openvino_values import ints, scalar, sliced
 from edgekit.models.config import DecoderConfig
 
 __all__ = ["Chunking", "chunk_count", "gated_attention", "lower_triangle", "scan"]
@@ -44,14 +45,19 @@ class Chunking:
     triangle: Handle  # [C, C] fp32
     middle: Handle  # [1]
     last: Handle  # [1]
-    tail: Handle  # the normaliser's ones and the padding, [B, S, T, V - d]
+    tail: Handle  # the normaliser's ones, SPIN's indicator and the padding, [B, S, T, V - d]
     key_shape: Handle  # reshape patterns: [B, S, N, C, .]
     query_shape: Handle  # [B, S, G, N, C, F]
     output_shape: Handle  # [B, H, T, V]
 
     @classmethod
-    def of(cls, batch: Handle, time: Handle, config: DecoderConfig) -> "Chunking":
-        """The chunking of `time [1]` padded tokens (a multiple of their chunks) of `batch [1]`."""
+    def of(
+        cls, batch: Handle, time: Handle, config: DecoderConfig, image: Handle | None = None
+    ) -> "Chunking":
+        """The chunking of `time [1]` padded tokens (a multiple of their chunks) of `batch [1]`.
+
+        `image` is SPIN's indicator, fp32 `[B, T]`, or None.
+        """
         s, columns = config.state_heads, config.value_columns
         count = chunk_count(time)
         size = op.divide(time, count)
@@ -65,7 +71,7 @@ class Chunking:
             triangle=op.convert(causal, "f32").output(0),
             middle=op.divide(size, ints([2])).output(0),
             last=op.subtract(size, ints([1])).output(0),
-            tail=op.broadcast(op.constant(ones), tail_shape).output(0),
+            tail=_tail(op.broadcast(op.constant(ones), tail_shape), image),
             key_shape=op.concat([ints([0, s]), count, size, ints([-1])], 0).output(0),
             query_shape=op.concat([ints([0, s, groups]), count, size, ints([rows])], 0).output(0),
             output_shape=op.concat([ints([0, config.num_heads]), time, ints([columns])], 0).output(
@@ -82,6 +88,7 @@ def gated_attention(
     past: Handle,
     chunking: Chunking,
     config: DecoderConfig,
+    gate: HeadGate | None = None,
 ) -> tuple[Handle, Handle]:
     """Add the recurrence to the graph.
 
@@ -93,6 +100,7 @@ def gated_attention(
         past: state `[B, S, F, V]`.
         chunking: how T is cut.
         config: sizes and eps.
+        gate: SPIN's, if it turns down heads of this layer.
 
     Returns:
         The output `[B, T, H * d]`, normalised or scaled, and the state after the call.
@@ -112,7 +120,17 @@ def gated_attention(
     entering, after = scan(added.output(0), past, _column(op.exp(last), config))
     anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), ints([3]))
     y = _swap_groups(op.add(within, op.matmul(qc, anchored, False, False)))
-    return _finished(op.reshape(y, chunking.output_shape, True), config), after
+    return _finished(op.reshape(y, chunking.output_shape, True), config, gate), after
+
+
+def _tail(ones: ov.Node, image: Handle | None) -> Handle:
+    """The columns after the values, `[B, S, T, V - d]`, with the indicator in the second."""
+    if image is None:
+        return ones.output(0)
+    second = np.zeros((1, 1, 1, int(ones.get_output_partial_shape(0)[3].get_length())), np.float32)
+    second[..., 1] = 1.0
+    indicator = op.multiply(op.unsqueeze(image, ints([1, 3])), op.constant(second))
+    return op.add(ones, indicator).output(0)
 
 
 def _swap_groups(x: ov.Node) -> ov.Node:
@@ -125,15 +143,19 @@ def _column(x: ov.Node, config: DecoderConfig) -> Handle:
     return op.reshape(x, ints([0, 0, 0, config.state_rows, 1]), True).output(0)
 
 
-def _finished(x: ov.Node, config: DecoderConfig) -> Handle:
+def _finished(x: ov.Node, config: DecoderConfig, gate: HeadGate | None) -> Handle:
     """`[B, H, T, V]` divided by its normaliser column, or scaled, as `[B, T, H * d]`."""
-    d = config.head_dim
-    y = op.slice(x, ints([0]), ints([d]), ints([1]), ints([3]))
+    d, column = config.head_dim, x.output(0)
+    y = sliced(column, ints([0]), ints([d]), 3)
     if config.lawcat.normaliser:
-        denominator = op.slice(x, ints([d]), ints([d + 1]), ints([1]), ints([3]))
-        y = op.divide(y, op.add(denominator, scalar(config.lawcat.eps)))
+        denominator = sliced(column, ints([d]), ints([d + 1]), 3)
+        denominator = op.add(denominator, scalar(config.lawcat.eps))
+        y = op.divide(y, denominator).output(0)
+        if gate is not None:
+            mass = op.divide(sliced(column, ints([d + 1]), ints([d + 2]), 3), denominator)
+            y = gate.gated(y, mass.output(0))
     else:
-        y = op.multiply(y, scalar(config.state_rows**-0.5))
+        y = op.multiply(y, scalar(config.state_rows**-0.5)).output(0)
     return op.reshape(op.transpose(y, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
 

@@ -1,9 +1,19 @@
 """Names, shapes and order of the carried tensors of a decoder: the state table of the manifest."""
 
 from edgekit.bundle import StateRecord
+from edgekit.errors import UnsupportedError
 from edgekit.models.config import DecoderConfig
 
-__all__ = ["history_channels", "input_names", "state_records", "value_channels"]
+__all__ = [
+    "IMAGE_MASK",
+    "history_channels",
+    "input_names",
+    "refuse_gate",
+    "state_records",
+    "value_channels",
+]
+
+IMAGE_MASK = "spin_image_mask"  # input: 1 on the image tokens of a call, else 0
 
 
 def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
@@ -17,19 +27,21 @@ def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
 
 def input_names(config: DecoderConfig) -> tuple[str, ...]:
     """Inputs that both engines' graphs have; `beam_idx` is OpenVINO's own."""
-    return ("input_ids", "attention_mask") + ("position_ids",) * config.needs_positions
+    spin, positions = config.spin is not None, config.needs_positions
+    return ("input_ids", "attention_mask", *(IMAGE_MASK,) * spin, *("position_ids",) * positions)
 
 
 def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
+    widths = {"key": config.head_dim, "value": config.cached_width(layer)}
     return [
         StateRecord(
             layer=layer,
             kind=kind,
             openvino=f"past_key_values.{layer}.{kind}",
             onnx=(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"),
-            shape=(-1, config.num_kv_heads, -1, config.head_dim),
+            shape=(-1, config.num_kv_heads, -1, width),
         )
-        for kind in ("key", "value")
+        for kind, width in widths.items()
     ]
 
 
@@ -69,6 +81,19 @@ def _ssm(layer: int, heads: int, rows: int, columns: int) -> StateRecord:
 
 
 RECORDS = {"softmax": _growing, "lawcat": _lawcat, "lolcats": _lolcats}
+
+
+def refuse_gate(config: DecoderConfig, layer: int) -> None:
+    """SPIN is not baked into LoLCATs layers.
+
+    Raises:
+        UnsupportedError: if it would have to be.
+    """
+    if config.is_gated(layer):
+        raise UnsupportedError(
+            f"layer {layer}: SPIN is baked into softmax and LAWCAT layers, not into "
+            f"{config.mixers[layer]}; leave such layers out of spin.layers"
+        )
 
 
 def history_channels(config: DecoderConfig) -> int:

@@ -5,7 +5,7 @@ has to pad for itself; see `openvino_lawcat.py`. Weights stay memory-mapped unti
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,17 @@ from torch.nn import functional
 
 from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attention
 from edgekit.export.openvino_side import sided
+from edgekit.export.openvino_spin import HeadGate
 from edgekit.export.openvino_values import at, ints, named, parameter, scalar, sliced, squeezed
 from edgekit.export.openvino_window import Bands, LinearPart, window_attention
 from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
-from edgekit.export.states import history_channels, value_channels
+from edgekit.export.states import (
+    IMAGE_MASK,
+    history_channels,
+    input_names,
+    refuse_gate,
+    value_channels,
+)
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
 from edgekit.models.rope import inverse_frequencies
@@ -49,8 +56,8 @@ def build_openvino(
         side: low-rank paths beside linear layers.
 
     Returns:
-        A model with inputs `input_ids`, `attention_mask`, `beam_idx` (`position_ids` if needed),
-        output `logits`, one variable per state and three per slot.
+        A model with inputs `input_ids`, `attention_mask`, `beam_idx` (`position_ids` and
+        `spin_image_mask` if needed), output `logits`, one variable per state and three per slot.
     """
     graph = OpenVinoGraph(config, weights, half=half, side=side)
     describe_decoder(graph, config)
@@ -83,7 +90,7 @@ class OpenVinoGraph:
         self._tensors: list[torch.Tensor] = []  # owners of the memory that constants point into
         self._matrices: dict[str, Handle] = {}
         self._recurrent = any(mixer != "softmax" for mixer in config.mixers)
-        names = ["input_ids", "attention_mask"] + ["position_ids"] * config.needs_positions
+        names = input_names(config)
         self._inputs = {name: parameter(name, [-1, -1], ov.Type.i64) for name in names}
         self._inputs["beam_idx"] = parameter("beam_idx", [-1], ov.Type.i32)
         self._logits: Handle | None = None
@@ -110,7 +117,8 @@ class OpenVinoGraph:
     @cached_property
     def _chunking(self) -> Chunking:
         padded = op.add(self._time.length, self._time.padding).output(0)
-        return Chunking.of(self._time.batch, padded, self._config)
+        image = None if self._config.spin is None else self._padded_gate.image
+        return Chunking.of(self._time.batch, padded, self._config, image)
 
     @cached_property
     def _bands(self) -> Bands:
@@ -132,6 +140,20 @@ class OpenVinoGraph:
         recent = sliced(self._inputs["attention_mask"].output(0), start, None, 1)
         mask = self._pad_time(op.convert(recent, "f32").output(0), 1)
         return op.unsqueeze(mask, ints([2])).output(0)
+
+    @cached_property
+    def _gate(self) -> HeadGate:
+        """SPIN over the T tokens of this call."""
+        assert self._config.spin is not None
+        start = op.negative(self._time.length)  # a caller may give the mask of all tokens so far
+        recent = sliced(self._inputs[IMAGE_MASK].output(0), start, None, 1)
+        image = op.convert(recent, "f32").output(0)
+        return HeadGate(self._config.spin, image, self._time.length)
+
+    @cached_property
+    def _padded_gate(self) -> HeadGate:
+        """The same over the T' that recurrent layers work on."""
+        return replace(self._gate, image=self._pad_time(self._gate.image, 1))
 
     @cached_property
     def _rotation(self) -> tuple[Handle, Handle]:
@@ -251,11 +273,17 @@ class OpenVinoGraph:
         """Attention over stateful keys and values, in the form that the plug-in fuses."""
         config = self._config
         q, k, v = (self._heads(self._unpadded(x), config.head_dim) for x in (q, k, v))
-        name = f"past_key_values.{layer}"
-        keys = self._grown(k, f"{name}.key")
-        values = self._grown(v, f"{name}.value")
+        name, gated, d = f"past_key_values.{layer}", config.is_gated(layer), config.head_dim
+        if gated:
+            v = self._gate.marked(v, config.cached_width(layer) - d).output(0)
+        keys = self._grown(k, f"{name}.key", d)
+        values = self._grown(v, f"{name}.value", config.cached_width(layer))
         y = op.scaled_dot_product_attention(q, keys, values, self._visible)
-        joined = self._joined(named(y, f"model.layers.{layer}.self_attn.attention"))
+        y = named(y, f"model.layers.{layer}.self_attn.attention")
+        if gated:
+            mass = sliced(y, ints([d]), ints([d + 1]), 3)
+            y = self._gate.gated(sliced(y, ints([0]), ints([d]), 3), mass)
+        joined = self._joined(y)
         return self._pad_time(joined, 1) if self._recurrent else joined
 
     def causal_conv(
@@ -315,13 +343,15 @@ class OpenVinoGraph:
         name = f"cache_params.past.ssm.{layer}"
         past = self._state(name, [config.state_heads, config.state_rows, config.value_columns])
         values = self._heads(v, config.head_dim)
-        y, after = gated_attention(q, k, values, g, past, self._chunking, config)
+        gate = self._padded_gate if config.is_gated(layer) else None
+        y, after = gated_attention(q, k, values, g, past, self._chunking, config, gate)
         self._assign(after, name)
         return y
 
     def window_attention(self, q: Handle, k: Handle, v: Handle, prefix: str, layer: int) -> Handle:
         """A band of the history for each chunk, and a linear state of what left it."""
         config, options = self._config, self._config.lolcats
+        refuse_gate(config, layer)
         mask, name = self._recent_mask, f"cache_params.past.ssm.{layer}"
         x = op.concat([op.multiply(op.concat([k, v], 2), mask), mask], 2).output(0)
         window = f"cache_params.past.conv.{layer}"
@@ -380,10 +410,10 @@ class OpenVinoGraph:
             node = op.reshape(value, op.shape_of(value), False)
         self._sinks.append(op.assign(node, name))
 
-    def _grown(self, x: Handle, name: str) -> Handle:
-        """Keys or values so far, `[B, Hkv, S, d]`, repeated to the query heads `[B, H, S, d]`."""
+    def _grown(self, x: Handle, name: str, width: int) -> Handle:
+        """Keys or values so far, `[B, Hkv, S, width]`, repeated to the query heads."""
         config = self._config
-        past = self._state(name, [config.num_kv_heads, -1, config.head_dim])
+        past = self._state(name, [config.num_kv_heads, -1, width])
         grown = op.concat([past, x], 2)
         self._assign(grown.output(0), name)
         if config.groups == 1:
@@ -394,7 +424,7 @@ class OpenVinoGraph:
             self._time.batch,
             ints([config.num_kv_heads, config.groups]),
             total,
-            ints([config.head_dim]),
+            ints([width]),
         ]
         copies = op.broadcast(apart, op.concat(sizes, 0), broadcast_spec="BIDIRECTIONAL")
-        return op.reshape(copies, ints([0, config.num_heads, -1, config.head_dim]), True).output(0)
+        return op.reshape(copies, ints([0, config.num_heads, -1, width]), True).output(0)

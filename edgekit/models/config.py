@@ -9,6 +9,7 @@ from edgekit.models.spin import SpinConfig
 __all__ = ["DecoderConfig", "LawcatConfig", "LolcatsConfig", "RopeConfig"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+INDICATOR_COLUMNS = 8  # of cached values under SPIN: one is read, eight keep attention fast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +192,14 @@ class DecoderConfig:
         """Columns of the exported state: values, normaliser, indicator, padding to 8."""
         indicator = int(self.spin is not None)
         return -(-(self.head_dim + 1 + indicator) // 8) * 8
+
+    def is_gated(self, layer: int) -> bool:
+        """Whether SPIN turns down heads of this layer."""
+        return self.spin is not None and layer in self.spin.chosen(self.num_layers)
+
+    def cached_width(self, layer: int) -> int:
+        """Columns of a softmax layer's exported values: the head, and SPIN's indicator."""
+        return self.head_dim + INDICATOR_COLUMNS * self.is_gated(layer)
 
     @property
     def needs_positions(self) -> bool:

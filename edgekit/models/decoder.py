@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = mixer_type(config.mixers[layer])(config)
-        if config.spin is not None and layer in config.spin.chosen(config.num_layers):
+        if config.is_gated(layer):
             self.self_attn.spin = config.spin
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Mlp(config)

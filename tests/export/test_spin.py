@@ -1,0 +1,195 @@
+"""SPIN in the graphs of both engines against the torch decoder, call by call."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+
+from edgekit.errors import UnsupportedError
+from edgekit.export.to_openvino import build_openvino
+from edgekit.models.config import DecoderConfig
+from edgekit.models.decoder import Decoder
+from edgekit.models.spin import SpinConfig
+from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
+from edgekit.testing import scrambled_decoder
+
+LAYOUTS = {
+    "softmax": (("softmax",) * 3, "q_head"),
+    "lawcat-q": (("lawcat",) * 3, "q_head"),
+    "lawcat-kv": (("lawcat",) * 3, "kv_head"),
+    "hybrid": (("softmax", "lawcat", "softmax"), "kv_head"),
+}
+SPIN = SpinConfig(suppress=2, alpha=0.25)
+BLOCKS = (1, 7, 64, 65, 1, 1, 70, 1)
+MAX_ABS = 1e-4
+PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+def model_of(
+    checkpoint: Path, layout: str, spin: SpinConfig | None = SPIN
+) -> tuple[DecoderConfig, WeightStore, Decoder]:
+    """A decoder whose heads look at very different things."""
+    config, weights, _ = scrambled_decoder(checkpoint, *LAYOUTS[layout])
+    sharp = {n: 5 * weights.tensor(n) for n in weights if n.endswith("q_proj.weight")}
+    weights = OverlayStore(MemoryStore(sharp), weights)
+    config = replace(config, spin=spin)
+    return config, weights, Decoder.from_store(config, weights)
+
+
+def sequence(config: DecoderConfig, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and where images lie: two in the first row, one late in the second."""
+    ids = torch.randint(0, config.vocab_size, (rows, sum(BLOCKS)))
+    image = torch.zeros(ids.shape, dtype=torch.bool)
+    image[0, 3:20] = image[0, 60:90] = True
+    image[1:, 100:120] = True
+    return ids, image
+
+
+class OpenVino:
+    """One infer request, fed as a runtime would."""
+
+    def __init__(self, config: DecoderConfig, weights: WeightStore) -> None:
+        model = build_openvino(config, weights)
+        self.compiled = ov.Core().compile_model(model, "CPU", PRECISE)
+        self.request = self.compiled.create_infer_request()
+        self.names = {name for port in model.inputs for name in port.get_names()}
+        self.mask: np.ndarray | None = None
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        image: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        beam: list[int] | None = None,
+    ) -> np.ndarray:
+        new = np.ones(ids.shape, np.int64) if mask is None else mask.numpy()
+        rows = list(range(len(ids))) if beam is None else beam
+        before = new[:, :0] if self.mask is None else self.mask[rows]
+        self.mask = np.concatenate((before, new), axis=1)
+        feed = {
+            "input_ids": ids.numpy(),
+            "attention_mask": self.mask,
+            "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
+            "spin_image_mask": image.long().numpy(),
+            "beam_idx": np.array(rows, np.int32),
+        }
+        return self.request.infer({n: feed[n] for n in self.names})["logits"][:, -1].copy()
+
+
+ENGINES = {"openvino": OpenVino}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Callable[..., OpenVino]:
+    return ENGINES[request.param]
+
+
+def reference(
+    decoder: Decoder, ids: torch.Tensor, image: torch.Tensor, mask: torch.Tensor | None = None
+) -> np.ndarray:
+    with torch.inference_mode():
+        return decoder(ids, image=image, mask=mask, form="parallel")[0].numpy()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lowering", ["topk", "rank"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_ragged_blocks_equal_one_pass(
+    family: str,
+    layout: str,
+    lowering: str,
+    engine: Callable[..., OpenVino],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    spin = replace(SPIN, lowering=lowering)  # type: ignore[arg-type]
+    config, weights, decoder = model_of(tiny_checkpoint(family), layout, spin)
+    ids, image = sequence(config, 2)
+    expected = reference(decoder, ids, image)
+    plain = reference(model_of(tiny_checkpoint(family), layout, None)[2], ids, image)
+    assert np.abs(expected[:, -1] - plain[:, -1]).max() > 100 * MAX_ABS
+    call, end = engine(config, weights), 0
+    for size in BLOCKS:
+        part = slice(end, end + size)
+        logits = call(ids[:, part], image[:, part])
+        end += size
+        assert np.abs(logits - expected[:, end - 1]).max() <= MAX_ABS, (size, end)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_last_position_of_each_call(
+    layout: str, engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config, weights, decoder = model_of(
+        tiny_checkpoint("llama"), layout, replace(SPIN, queries="last")
+    )
+    ids, image = sequence(config, 2)
+    call, end, state = engine(config, weights), 0, None
+    for size in BLOCKS:
+        part = slice(end, end + size)
+        with torch.inference_mode():
+            expected, state = decoder(ids[:, part], image=image[:, part], state=state)
+        logits = call(ids[:, part], image[:, part])
+        end += size
+        assert np.abs(logits - expected[:, -1].numpy()).max() <= MAX_ABS, (size, end)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padded_rows_and_beams(
+    layout: str, engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), layout)
+    ids, image = sequence(config, 2)
+    mask = torch.ones_like(ids)
+    mask[1, :95] = 0
+    ids[1, :95], image[1, :95] = 0, False
+    call = engine(config, weights)
+    call(ids[:, :120], image[:, :120], mask[:, :120])
+    following, none = ids[:, 120:121], torch.zeros(3, 1, dtype=torch.bool)
+    rows = [1, 0, 1]
+    logits = call(following[rows], none, beam=rows)
+    for logit, row in zip(logits, rows, strict=True):
+        start = int((mask[row] == 0).sum())
+        alone = ids[row : row + 1, start:121], image[row : row + 1, start:121]
+        assert np.abs(logit - reference(decoder, *alone)[0, -1]).max() <= MAX_ABS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_image_is_the_plain_graph(
+    layout: str, engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config, weights, _ = model_of(tiny_checkpoint("llama"), layout)
+    ids, image = sequence(config, 2)
+    spun, none = engine(config, weights), torch.zeros_like(image)
+    plain = engine(replace(config, spin=None), weights)
+    for part in (slice(0, 70), slice(70, 71)):
+        difference = spun(ids[:, part], none[:, part]) - plain(ids[:, part], none[:, part])
+        assert np.abs(difference).max() <= MAX_ABS / 10
+
+
+def test_only_chosen_layers_are_gated(
+    engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    spin = replace(SPIN, layers=(1, 3))
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), "hybrid", spin)
+    ids, image = sequence(config, 2)
+    logits = engine(config, weights)(ids, image)
+    assert np.abs(logits - reference(decoder, ids, image)[:, -1]).max() <= MAX_ABS
+
+
+def test_attention_stays_fused(tiny_checkpoint: Callable[..., Path]) -> None:
+    """One node per layer in the compiled graph, and no softmax of ours."""
+    config, weights, _ = model_of(tiny_checkpoint("llama"), "softmax")
+    runtime = OpenVino(config, weights).compiled.get_runtime_model()
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in runtime.get_ops()]
+    assert sum("ScaledDotProductAttention" in kind for kind in kinds) == 3
+    assert not [kind for kind in kinds if "Softmax" in kind or "SoftMax" in kind]
+
+
+def test_lolcats_layers_are_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    config, weights, _ = scrambled_decoder(tiny_checkpoint("llama"), ("lolcats",) * 3, "q_head")
+    with pytest.raises(UnsupportedError, match=r"layer 0: SPIN is baked into softmax and LAWCAT"):
+        build_openvino(replace(config, spin=SPIN), weights)
