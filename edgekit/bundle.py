@@ -73,6 +73,7 @@ class StateRecord:
         openvino: the variable's name in the IR.
         onnx: input and output name in the ONNX graph.
         shape: -1 for the batch and for a growing axis.
+        onnx_shape: the same in the ONNX graph, where it differs; None: `shape`.
     """
 
     layer: int
@@ -81,6 +82,11 @@ class StateRecord:
     onnx: tuple[str, str]
     shape: tuple[int, ...]
     dtype: Literal["float32"] = "float32"
+    onnx_shape: tuple[int, ...] | None = None
+
+    def shape_on(self, engine: str) -> tuple[int, ...]:
+        """The shape in the graph of `engine`."""
+        return self.onnx_shape if engine == "onnx" and self.onnx_shape else self.shape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,8 +55,10 @@ class ContribGraph(LolcatsGraph):
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         """See `Graph.attention`; rotation, cache and softmax are one operator."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
-        rotary = False
-        if isinstance(q, Rotated) and isinstance(k, Rotated):
+        rotary, gated = False, config.is_gated(layer)
+        if gated:
+            q, k, v = self._marked(q, k, v, name)
+        elif isinstance(q, Rotated) and isinstance(k, Rotated):
             rotary = config.head_dim % ROTARY_UNIT == 0
             q, k = (q.source, k.source) if rotary else (q, k)
         packed = _packed(q, k, v)
@@ -72,8 +74,9 @@ class ContribGraph(LolcatsGraph):
             num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
             do_rotary=int(rotary),
+            **({"scale": config.head_dim**-0.5} if gated else {}),  # the heads are wider
         )
-        return Value(y)
+        return Value(self._gated(y, name) if gated else y)
 
     def _norm(self, x: str, weight: str, name: str) -> str:
         return self.file.node(

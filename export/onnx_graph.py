@@ -17,6 +17,7 @@ from edgekit.export.onnx_chunks import Chunks
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, repeat_heads
 from edgekit.export.onnx_side import SideWriter
+from edgekit.export.onnx_spin import HeadGateWriter
 from edgekit.export.onnx_table import TokenTable
 from edgekit.export.onnx_values import (
     Decay,
@@ -31,7 +32,7 @@ from edgekit.export.onnx_values import (
 )
 from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
 from edgekit.export.states import state_records
-from edgekit.models.config import DecoderConfig
+from edgekit.models.config import INDICATOR_COLUMNS, DecoderConfig
 from edgekit.models.rope import inverse_frequencies
 
 __all__ = ["LAST_LOGITS", "OnnxGraph"]
@@ -61,6 +62,8 @@ class OnnxGraph:
         self._attention_mask = file.input("attention_mask", TensorProto.INT64, ["batch", "total"])
         if config.needs_positions:
             file.input("position_ids", TensorProto.INT64, ["batch", "time"])
+        if config.spin is not None:
+            self.head_gate = HeadGateWriter(file, config, self.time)
         self._keep = file.optional_input("logits_to_keep", np.asarray(1, np.int64))
 
     def embed(self, name: str) -> Value:
@@ -113,17 +116,23 @@ class OnnxGraph:
     def linear_attention(self, q: Value, k: Value, v: Value, g: Decay, layer: int) -> Value:
         """See `Graph.linear_attention`."""
         config, prefix = self.config, f"model.layers.{layer}.self_attn.linear_attention"
-        values = self._value_columns(v)
-        inputs = (q.name, k.name, values.name, self._decay(g))
+        gated, values = config.is_gated(layer), self._value_columns(v).name
+        if gated:
+            values = self.head_gate.marked_columns(values, prefix)
+        inputs = (q.name, k.name, values, self._decay(g))
         owners = (config.state_heads, config.state_rows)
         numerators = self._recurrence(*inputs, owners, layer, prefix)  # [B, T, H * value_columns]
         d, columns = config.head_dim, config.value_columns
         heads = self._reshape(numerators, [0, 0, config.num_heads, columns], f"{prefix}.heads")
-        sizes = self.file.constant([n for n in (d, 1, columns - d - 1) if n])
-        weighted, total, *_ = self.file.nodes(
-            "Split", [heads, sizes], f"{prefix}.normaliser", 2 + (columns > d + 1), axis=-1
+        widths = (d, 1, 1, columns - d - 2) if gated else (d, 1, columns - d - 1)
+        sizes = [width for width in widths if width]
+        weighted, total, *rest = self.file.nodes(
+            "Split", [heads, self.file.constant(sizes)], f"{prefix}.parts", len(sizes), axis=-1
         )
         mean = self._finished(weighted, total, prefix)
+        if gated:
+            mass = self._finished(rest[0], total, f"{prefix}.mass")
+            mean = self.head_gate.gated(mean, mass, prefix)
         return Value(self._reshape(mean, [0, 0, config.num_heads * d], f"{prefix}.flatten"))
 
     def logits(self, x: Value, name: str) -> None:
@@ -195,7 +204,8 @@ class OnnxGraph:
         for declare, grown, name in zip(
             (self.file.input, self.file.output), ("past", "total"), record.onnx, strict=True
         ):
-            axes: list[int | str] = [grown if n < 0 else n for n in record.shape[1:]]
+            shape = record.shape_on("onnx")
+            axes: list[int | str] = [grown if n < 0 else n for n in shape[1:]]
             declare(name, TensorProto.FLOAT, ["batch", *axes])
         return record.onnx
 
@@ -270,6 +280,22 @@ class OnnxGraph:
 
     def _reshape(self, x: str, shape: Sequence[int], name: str) -> str:
         return self.file.node("Reshape", [x, self.file.constant(list(shape))], name)
+
+    def _marked(self, q: Value, k: Value, v: Value, name: str) -> tuple[Value, Value, Value]:
+        """Queries, keys and values of a gated layer, all as wide as its cache."""
+        q, k = (
+            Value(self.head_gate.widened(x.name, f"{name}.{n}")) for x, n in ((q, "q"), (k, "k"))
+        )
+        return q, k, Value(self.head_gate.marked(v.name, f"{name}.v"))
+
+    def _gated(self, y: str, name: str) -> str:
+        """What attention gave a gated layer, `[B, T, H * wider]`, as heads `[B, T, H * d]`."""
+        heads, d = self.config.num_heads, self.config.head_dim
+        apart = self._reshape(y, [0, 0, heads, -1], f"{name}.wide_heads")
+        sizes = self.file.constant([d, 1, INDICATOR_COLUMNS - 1])
+        y, mass, _ = self.file.nodes("Split", [apart, sizes], f"{name}.mass", 3, axis=-1)
+        y = self.head_gate.gated(y, mass, name)
+        return self._reshape(y, [0, 0, heads * d], f"{name}.gated")
 
     def _value_columns(self, v: Value) -> Value:
         """Values with their normaliser column and padding, zero on padded tokens."""

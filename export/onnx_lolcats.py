@@ -7,7 +7,7 @@ import numpy as np
 from edgekit.export.onnx_graph import END, OnnxGraph
 from edgekit.export.onnx_values import Value
 from edgekit.export.onnx_window import WindowBands
-from edgekit.export.states import value_channels
+from edgekit.export.states import refuse_gate, value_channels
 
 __all__ = ["LolcatsGraph"]
 
@@ -18,6 +18,7 @@ class LolcatsGraph(OnnxGraph):
     def window_attention(self, q: Value, k: Value, v: Value, prefix: str, layer: int) -> Value:
         """See `Graph.window_attention`."""
         config, name, node = self.config, f"{prefix}.window", self.file.node
+        refuse_gate(config, layer)
         rows = node("Concat", [k.name, v.name], f"{name}.new", axis=-1)
         rows = node("Mul", [rows, self.mask], f"{name}.mask")
         rows = node("Concat", [rows, self.mask], f"{name}.rows", axis=-1)

@@ -85,13 +85,16 @@ class PortableGraph(LolcatsGraph):
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         """See `Graph.attention`; the cache is a concatenation."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
-        d, states, groups = config.head_dim, config.num_kv_heads, config.groups
+        d, states, groups = config.cached_width(layer), config.num_kv_heads, config.groups
+        gated = config.is_gated(layer)
+        if gated:
+            q, k, v = self._marked(q, k, v, name)
         queries = self._head_major(q.name, config.num_heads, f"{name}.q")
         rows = self._reshape(queries, [0, states, -1, d], f"{name}.rows")
         keys = self._grow(k, layer, "key", f"{name}.k")
         values = self._grow(v, layer, "value", f"{name}.v")
         turned = self.file.node("Transpose", [keys], f"{name}.k_turned", perm=[0, 1, 3, 2])
-        scale = self.file.constant(np.float32(d**-0.5), f"{name}.scale")
+        scale = self.file.constant(np.float32(config.head_dim**-0.5), f"{name}.scale")
         scaled = self.file.node("Mul", [rows, scale], f"{name}.scaled")
         scores = self.file.node("MatMul", [scaled, turned], f"{name}.scores")
         wide = self.file.constant([0, states, groups, -1])
@@ -106,7 +109,8 @@ class PortableGraph(LolcatsGraph):
         y = self.file.node("MatMul", [weights, values], name)
         y = self._reshape(y, [0, config.num_heads, -1, d], f"{name}.heads")
         y = self.file.node("Transpose", [y], f"{name}.out", perm=[0, 2, 1, 3])
-        return Value(self._reshape(y, [0, 0, config.num_heads * d], f"{name}.flatten"))
+        y = self._reshape(y, [0, 0, config.num_heads * d], f"{name}.flatten")
+        return Value(self._gated(y, name) if gated else y)
 
     def _norm(self, x: str, name: str) -> str:
         weight = self.file.weight(f"{name}.weight", self.writer.array(f"{name}.weight"))
@@ -123,8 +127,8 @@ class PortableGraph(LolcatsGraph):
         return self._flatten_heads(self._norm(heads, name), f"{name}.flatten")
 
     def _head_major(self, x: str, heads: int, name: str) -> str:
-        """`[B, T, heads * d]` to `[B, heads, T, d]`."""
-        apart = self._reshape(x, [0, 0, heads, self.config.head_dim], f"{name}.heads")
+        """`[B, T, heads * width]` to `[B, heads, T, width]`."""
+        apart = self._reshape(x, [0, 0, heads, -1], f"{name}.heads")
         return self.file.node("Transpose", [apart], f"{name}.head_major", perm=[0, 2, 1, 3])
 
     def _grow(self, x: Value, layer: int, kind: Kind, name: str) -> str:

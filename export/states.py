@@ -1,5 +1,7 @@
 """Names, shapes and order of the carried tensors of a decoder: the state table of the manifest."""
 
+from typing import Literal
+
 from edgekit.bundle import StateRecord
 from edgekit.errors import UnsupportedError
 from edgekit.models.config import DecoderConfig
@@ -32,7 +34,11 @@ def input_names(config: DecoderConfig) -> tuple[str, ...]:
 
 
 def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
-    widths = {"key": config.head_dim, "value": config.cached_width(layer)}
+    wide = config.cached_width(layer)  # in ONNX, keys are as wide as values (`onnx_spin.py`)
+    kinds: tuple[tuple[Literal["key", "value"], int], ...] = (
+        ("key", config.head_dim),
+        ("value", wide),
+    )
     return [
         StateRecord(
             layer=layer,
@@ -40,8 +46,9 @@ def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
             openvino=f"past_key_values.{layer}.{kind}",
             onnx=(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"),
             shape=(-1, config.num_kv_heads, -1, width),
+            onnx_shape=None if width == wide else (-1, config.num_kv_heads, -1, wide),
         )
-        for kind, width in widths.items()
+        for kind, width in kinds
     ]
 
 

@@ -19,6 +19,7 @@ from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attentio
 from edgekit.export.openvino_side import sided
 from edgekit.export.openvino_spin import HeadGate
 from edgekit.export.openvino_values import at, ints, named, parameter, scalar, sliced, squeezed
+from edgekit.export.openvino_weights import WeightConstants
 from edgekit.export.openvino_window import Bands, LinearPart, window_attention
 from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
 from edgekit.export.states import (
@@ -85,13 +86,11 @@ class OpenVinoGraph:
         side: SidePaths = NO_SIDE_PATHS,
     ) -> None:
         """Create the inputs and everything that all layers share."""
-        self._config, self._weights, self._half, self._side = config, weights, half, side
+        self._config, self._side = config, side
+        self._weights = WeightConstants(weights, half=half)
         self._sinks: list[ov.Node] = []
-        self._tensors: list[torch.Tensor] = []  # owners of the memory that constants point into
-        self._matrices: dict[str, Handle] = {}
         self._recurrent = any(mixer != "softmax" for mixer in config.mixers)
-        names = input_names(config)
-        self._inputs = {name: parameter(name, [-1, -1], ov.Type.i64) for name in names}
+        self._inputs = {n: parameter(n, [-1, -1], ov.Type.i64) for n in input_names(config)}
         self._inputs["beam_idx"] = parameter("beam_idx", [-1], ov.Type.i32)
         self._logits: Handle | None = None
 
@@ -103,7 +102,7 @@ class OpenVinoGraph:
         result.get_output_tensor(0).set_names({"logits"})
         model = ov.Model([result], self._sinks, list(self._inputs.values()), self._config.family)
         model.validate_nodes_and_infer_types()
-        model.edgekit_owners = self._tensors
+        model.edgekit_owners = self._weights.owners
         return model
 
     @cached_property
@@ -160,7 +159,9 @@ class OpenVinoGraph:
         """Cosines and sines `[B, 1, T', d]`, each half twice."""
         positions = op.convert(op.unsqueeze(self._inputs["position_ids"], ints([1, 3])), "f32")
         frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
-        angles = op.multiply(positions, self._constant(frequencies[None, None, None])).output(0)
+        angles = op.multiply(
+            positions, self._weights.constant(frequencies[None, None, None])
+        ).output(0)
         if self._recurrent:
             angles = self._pad_time(angles, 2)
         return op.cos(angles).output(0), op.sin(angles).output(0)
@@ -180,44 +181,12 @@ class OpenVinoGraph:
         allowed = op.logical_or(op.logical_and(causal, tokens), itself)
         return op.select(allowed, scalar(0.0), scalar(MASKED)).output(0)
 
-    def _constant(self, tensor: torch.Tensor) -> Handle:
-        """A constant over the tensor's own memory, widened to fp32 in the graph."""
-        tensor = tensor.detach().contiguous()
-        self._tensors.append(tensor)
-        if tensor.dtype == torch.bfloat16:
-            raw = ov.Tensor(tensor.view(torch.uint16).numpy(), list(tensor.shape), ov.Type.bf16)
-            constant = ov.op.Constant(raw, shared_memory=True)
-        else:
-            constant = ov.op.Constant(tensor.numpy(), shared_memory=True)
-        if tensor.dtype == torch.float32:
-            return constant.output(0)
-        return op.convert(constant, "f32").output(0)
-
-    def _weight(self, name: str) -> Handle:
-        """A small tensor at full precision."""
-        return self._named_constant(self._weights.tensor(name), name)
-
-    def _matrix(self, name: str) -> Handle:
-        """A large matrix, in the storage format asked for; made once however often it is used."""
-        if name not in self._matrices:
-            tensor = self._weights.tensor(name)
-            narrow = self._half and tensor.dtype == torch.float32
-            self._matrices[name] = self._named_constant(tensor.half() if narrow else tensor, name)
-        return self._matrices[name]
-
-    def _named_constant(self, tensor: torch.Tensor, name: str) -> Handle:
-        handle = self._constant(tensor)
-        node = handle.get_node()
-        constant = node if node.get_type_name() == "Constant" else node.input_value(0).get_node()
-        constant.set_friendly_name(name)
-        return handle
-
     def embed(self, name: str) -> Handle:
         """Gather of the table's rows."""
         ids = self._inputs["input_ids"].output(0)
         if self._recurrent:
             ids = self._pad_time(ids, 1)
-        return named(op.gather(self._matrix(f"{name}.weight"), ids, ints(0)), name)
+        return named(op.gather(self._weights.matrix(f"{name}.weight"), ids, ints(0)), name)
 
     def add(self, x: Handle, y: Handle) -> Handle:
         """Elementwise sum."""
@@ -227,7 +196,9 @@ class OpenVinoGraph:
         """In the form that the CPU plug-in fuses into one node."""
         mean = op.reduce_mean(op.power(x, scalar(2.0)), ints([-1]), True)
         inverse = op.divide(scalar(1.0), op.sqrt(op.add(mean, scalar(self._config.rms_norm_eps))))
-        return named(op.multiply(self._weight(f"{name}.weight"), op.multiply(x, inverse)), name)
+        return named(
+            op.multiply(self._weights.small(f"{name}.weight"), op.multiply(x, inverse)), name
+        )
 
     def head_norm(self, x: Handle, name: str) -> Handle:
         """The same on the last axis of `[B, T', heads, d]`."""
@@ -236,18 +207,18 @@ class OpenVinoGraph:
 
     def linears(self, x: Handle, names: Sequence[str]) -> list[Handle]:
         """One MatMul each, under its own name: run-time LoRA looks for it."""
-        return [self._linear(x, name, self._matrix(f"{name}.weight")) for name in names]
+        return [self._linear(x, name, self._weights.matrix(f"{name}.weight")) for name in names]
 
     def dense(self, x: Handle, name: str) -> Handle:
         """The same with a weight that keeps full precision."""
-        return self._linear(x, name, self._weight(f"{name}.weight"))
+        return self._linear(x, name, self._weights.small(f"{name}.weight"))
 
     def _linear(self, x: Handle, name: str, weight: Handle) -> Handle:
         y, sinks = sided(named(op.matmul(x, weight, False, True), name), x, name, self._side)
         self._sinks += sinks
-        if f"{name}.bias" not in self._weights:
+        if f"{name}.bias" not in self._weights.store:
             return y
-        return named(op.add(y, self._weight(f"{name}.bias")), f"{name}.bias_add")
+        return named(op.add(y, self._weights.small(f"{name}.bias")), f"{name}.bias_add")
 
     def swiglu(self, gate: Handle, up: Handle) -> Handle:
         """Swish, then product."""
@@ -291,10 +262,12 @@ class OpenVinoGraph:
     ) -> tuple[Handle, Handle]:
         """One depthwise GroupConvolution over [state, input]."""
         config = self._config
-        taps = torch.cat([self._weights.tensor(f"{n}.weight").float() for n in (q_name, k_name)])
+        taps = torch.cat(
+            [self._weights.store.tensor(f"{n}.weight").float() for n in (q_name, k_name)]
+        )
         x = op.multiply(op.concat([q, k], 2), self._recent_mask)
         joined = self._history(x, f"cache_params.past.conv.{layer}", *taps.shape)
-        kernel = self._constant(taps[:, None, None].contiguous())
+        kernel = self._weights.constant(taps[:, None, None].contiguous())
         y = named(op.group_convolution(joined, kernel, [1], [0], [0], [1]), q_name)
         y = op.transpose(y, ints([0, 2, 1])).output(0)
         split = op.variadic_split(
@@ -315,13 +288,13 @@ class OpenVinoGraph:
     def feature_map(self, q: Handle, k: Handle, name: str) -> tuple[Handle, Handle]:
         """U and -u from one product with [W, -W], then one softmax over each half."""
         config = self._config
-        weight = self._weights.tensor(f"{name}.weight").float()
+        weight = self._weights.store.tensor(f"{name}.weight").float()
         per_query = weight.repeat_interleave(config.num_heads // config.state_heads, dim=0)
         queries = self._features(q, per_query, f"{name}.q")
         return queries, self._features(k, weight, f"{name}.k")
 
     def _features(self, x: Handle, weight: torch.Tensor, name: str) -> Handle:
-        both = self._constant(torch.cat((weight, -weight), dim=2))
+        both = self._weights.constant(torch.cat((weight, -weight), dim=2))
         u = named(op.matmul(self._heads(x, weight.shape[1]), both, False, False), name)
         halves = op.reshape(u, ints([0, 0, 0, 2, -1]), True)
         positive = op.maximum(op.softmax(halves, 4), scalar(1e-12))
@@ -360,7 +333,9 @@ class OpenVinoGraph:
         gone = self._pad_time(sliced(history, ints([0]), self._time.length, 1), 1)
         keys = sliced(gone, ints([0]), ints([config.num_kv_heads * config.head_dim]), 2)
         keys = self.repeat_heads(keys, config.head_dim, config.groups)
-        maps = [self._weights.tensor(f"{prefix}.feature_map_{n}.weight").float() for n in "qk"]
+        maps = [
+            self._weights.store.tensor(f"{prefix}.feature_map_{n}.weight").float() for n in "qk"
+        ]
         values = op.gather(gone, ints(value_channels(config)), ints(2)).output(0)
         rows = options.features(config.head_dim)
         linear = LinearPart(
@@ -369,20 +344,20 @@ class OpenVinoGraph:
             values=self._heads(values, config.value_columns),
             past=self._state(name, [config.num_heads, rows, config.value_columns]),
         )
-        factor = self._weights.tensor(f"{prefix}.window_factor.weight").float()
+        factor = self._weights.store.tensor(f"{prefix}.window_factor.weight").float()
         shape = (config.num_kv_heads, config.groups, 1, 1, 1)
-        log_gamma = self._constant(functional.logsigmoid(factor).reshape(shape))
+        log_gamma = self._weights.constant(functional.logsigmoid(factor).reshape(shape))
         y, after = window_attention(q, history, log_gamma, linear, self._bands, config)
         self._assign(after, name)
         return y
 
     def logits(self, x: Handle, name: str) -> None:
         """The head over the last position."""
-        length = self._time.length
-        last = op.slice(x, op.subtract(length, ints([1])), length, ints([1]), ints([1]))
+        start = op.subtract(self._time.length, ints([1]))
+        last = op.slice(x, start, self._time.length, ints([1]), ints([1]))
         last.set_friendly_name(LAST_POSITION)
-        table = self._matrix(f"{name}.weight")
-        self._logits = named(op.matmul(last, table, False, True), "lm_head")
+        product = op.matmul(last, self._weights.matrix(f"{name}.weight"), False, True)
+        self._logits = named(product, "lm_head")
 
     def _heads(self, x: Handle, width: int) -> Handle:
         """`[B, T, heads * width]` to `[B, heads, T, width]`."""
@@ -419,12 +394,7 @@ class OpenVinoGraph:
         if config.groups == 1:
             return grown.output(0)
         apart = op.unsqueeze(grown, ints([2]))
-        total = at(op.shape_of(grown), 2)
-        sizes = [
-            self._time.batch,
-            ints([config.num_kv_heads, config.groups]),
-            total,
-            ints([width]),
-        ]
-        copies = op.broadcast(apart, op.concat(sizes, 0), broadcast_spec="BIDIRECTIONAL")
+        total, heads = at(op.shape_of(grown), 2), ints([config.num_kv_heads, config.groups])
+        shape = op.concat([self._time.batch, heads, total, ints([width])], 0)
+        copies = op.broadcast(apart, shape, broadcast_spec="BIDIRECTIONAL")
         return op.reshape(copies, ints([0, config.num_heads, -1, width]), True).output(0)

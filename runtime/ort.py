@@ -145,7 +145,7 @@ class OnnxRequest(ABC):
         """Start from zero states, and from no keys and values."""
         self._columns = 0
         records = self._engine.records
-        self._adopt({r: np.zeros(state_shape(r, batch, 0), r.dtype) for r in records})
+        self._adopt({r: np.zeros(state_shape(r, "onnx", batch, 0), r.dtype) for r in records})
 
     def use_adapters(self, lowered: Mapping[str, onnxruntime.OrtValue]) -> None:
         """Bind the inputs of some slots, and rank 0 to those that were bound before."""

@@ -94,7 +94,7 @@ class Session:
     def state_bytes(self) -> int:
         """Bytes of the state at this position; constant where no layer keeps keys and values."""
         return sum(
-            math.prod(state_shape(record, self.batch, self._position))
+            math.prod(state_shape(record, self._name, self.batch, self._position))
             * np.dtype(record.dtype).itemsize
             for record in self._manifest.states
         )

@@ -48,9 +48,9 @@ class Snapshot:
         return len(self.tokens)
 
 
-def state_shape(record: StateRecord, batch: int, position: int) -> tuple[int, ...]:
+def state_shape(record: StateRecord, engine: str, batch: int, position: int) -> tuple[int, ...]:
     """The shape of a state for `batch` rows at `position`; the record has -1 for these two."""
-    return (batch, *(position if size < 0 else size for size in record.shape[1:]))
+    return (batch, *(position if size < 0 else size for size in record.shape_on(engine)[1:]))
 
 
 def save_snapshot(snapshot: Snapshot, path: Path) -> None:
@@ -124,7 +124,7 @@ def check_snapshot(snapshot: Snapshot, manifest: Manifest, engine: str, *, where
     if {state_key(record) for record in records} != set(snapshot.states):
         raise BundleError(f"{where}: its states are not those of this bundle")
     for record in records:
-        shape = state_shape(record, snapshot.batch, snapshot.position)
+        shape = state_shape(record, engine, snapshot.batch, snapshot.position)
         key = state_key(record)
         _check_tensor(where, key, snapshot.states[key], np.dtype(record.dtype), shape)
 

@@ -1,20 +1,27 @@
 """SPIN in the graphs of both engines against the torch decoder, call by call."""
 
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import openvino as ov
 import pytest
 import torch
 
 from edgekit.errors import UnsupportedError
+from edgekit.export.states import state_records
+from edgekit.export.to_onnx import write_onnx
 from edgekit.export.to_openvino import build_openvino
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.spin import SpinConfig
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
+from edgekit.runtime.state import state_shape
 from edgekit.testing import scrambled_decoder
 
 LAYOUTS = {
@@ -80,11 +87,59 @@ class OpenVino:
         return self.request.infer({n: feed[n] for n in self.names})["logits"][:, -1].copy()
 
 
-ENGINES = {"openvino": OpenVino}
+class Onnx:
+    """One ONNX Runtime session, fed as a runtime would; every call allocates its states."""
+
+    def __init__(self, config: DecoderConfig, weights: WeightStore, ops: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_onnx(config, weights, Path(folder), ops=ops)
+            self.session = onnxruntime.InferenceSession(Path(folder) / "model.onnx")
+        self.inputs = {value.name for value in self.session.get_inputs()}
+        self.outputs = [value.name for value in self.session.get_outputs()]
+        self.records = state_records(config)
+        self.one_row = ops == "contrib"  # GroupQueryAttention takes later blocks row by row
+        self.states: dict[str, np.ndarray] = {}
+        self.mask: np.ndarray | None = None
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        image: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        beam: list[int] | None = None,
+    ) -> np.ndarray:
+        new = np.ones(ids.shape, np.int64) if mask is None else mask.numpy()
+        rows = list(range(len(ids))) if beam is None else beam
+        before = new[:, :0] if self.mask is None else self.mask[rows]
+        self.mask = np.concatenate((before, new), axis=1)
+        feed = {
+            "input_ids": ids.numpy(),
+            "attention_mask": self.mask,
+            "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
+            "spin_image_mask": image.long().numpy(),
+        }
+        for record in self.records:
+            empty = np.zeros(state_shape(record, "onnx", len(ids), 0), np.float32)
+            past = self.states.get(record.onnx[1])
+            feed[record.onnx[0]] = empty if past is None else past[rows]
+        feed = {name: array for name, array in feed.items() if name in self.inputs}
+        apart = self.one_row and ids.shape[1] > 1 and bool(self.states)
+        parts = [slice(i, i + 1) for i in range(len(ids))] if apart else [slice(None)]
+        found = [self.session.run(self.outputs, {n: x[p] for n, x in feed.items()}) for p in parts]
+        joined = [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
+        self.states = dict(zip(self.outputs, joined, strict=True))
+        return self.states["logits"][:, -1]
+
+
+ENGINES: dict[str, Callable[..., Any]] = {
+    "openvino": OpenVino,
+    "contrib": functools.partial(Onnx, ops="contrib"),
+    "portable": functools.partial(Onnx, ops="portable"),
+}
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> Callable[..., OpenVino]:
+def engine(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return ENGINES[request.param]
 
 
@@ -102,7 +157,7 @@ def test_ragged_blocks_equal_one_pass(
     family: str,
     layout: str,
     lowering: str,
-    engine: Callable[..., OpenVino],
+    engine: Callable[..., Any],
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     spin = replace(SPIN, lowering=lowering)  # type: ignore[arg-type]
@@ -121,7 +176,7 @@ def test_ragged_blocks_equal_one_pass(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_last_position_of_each_call(
-    layout: str, engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+    layout: str, engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     config, weights, decoder = model_of(
         tiny_checkpoint("llama"), layout, replace(SPIN, queries="last")
@@ -139,7 +194,7 @@ def test_the_last_position_of_each_call(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padded_rows_and_beams(
-    layout: str, engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+    layout: str, engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     config, weights, decoder = model_of(tiny_checkpoint("llama"), layout)
     ids, image = sequence(config, 2)
@@ -159,7 +214,7 @@ def test_padded_rows_and_beams(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_image_is_the_plain_graph(
-    layout: str, engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+    layout: str, engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     config, weights, _ = model_of(tiny_checkpoint("llama"), layout)
     ids, image = sequence(config, 2)
@@ -171,7 +226,7 @@ def test_no_image_is_the_plain_graph(
 
 
 def test_only_chosen_layers_are_gated(
-    engine: Callable[..., OpenVino], tiny_checkpoint: Callable[..., Path]
+    engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     spin = replace(SPIN, layers=(1, 3))
     config, weights, decoder = model_of(tiny_checkpoint("llama"), "hybrid", spin)
@@ -191,5 +246,6 @@ def test_attention_stays_fused(tiny_checkpoint: Callable[..., Path]) -> None:
 
 def test_lolcats_layers_are_refused(tiny_checkpoint: Callable[..., Path]) -> None:
     config, weights, _ = scrambled_decoder(tiny_checkpoint("llama"), ("lolcats",) * 3, "q_head")
-    with pytest.raises(UnsupportedError, match=r"layer 0: SPIN is baked into softmax and LAWCAT"):
-        build_openvino(replace(config, spin=SPIN), weights)
+    for engine in ENGINES.values():
+        with pytest.raises(UnsupportedError, match=r"layer 0: SPIN is baked into softmax and LAW"):
+            engine(replace(config, spin=SPIN), weights)

@@ -1,0 +1,148 @@
+"""SPIN as ONNX nodes: heads turned down by the share of their weight that image tokens have.
+
+That share is what a head returns in the value column that is 1 on image tokens
+(`kernels/head_gate/reference.py` has the rule). Fused attention wants queries, keys and values of
+one width, so the columns that values gain are zero in the others, where they change no product.
+B batch, T tokens of this call, H query heads, d head width.
+"""
+
+import functools
+
+import numpy as np
+from onnx import TensorProto
+
+from edgekit.export.onnx_file import OnnxFile
+from edgekit.export.states import IMAGE_MASK
+from edgekit.kernels.head_gate.reference import SEEN
+from edgekit.models.config import INDICATOR_COLUMNS, DecoderConfig
+from edgekit.models.spin import SpinConfig
+
+__all__ = ["HeadGateWriter"]
+
+END = np.iinfo(np.int64).max  # of a slice
+
+
+class HeadGateWriter:
+    """Adds SPIN layer by layer; what the layers share is emitted once."""
+
+    def __init__(self, file: OnnxFile, config: DecoderConfig, time: str) -> None:
+        """Declare the input `spin_image_mask`; `time` is T, int64 `[1]`."""
+        assert config.spin is not None
+        self._file, self._config, self._time = file, config, time
+        self._spin: SpinConfig = config.spin
+        file.input(IMAGE_MASK, TensorProto.INT64, ["batch", "image_time"])
+
+    def widened(self, x: str, name: str) -> str:
+        """Queries or keys `[B, T, heads d]` with zero columns, `[B, T, heads w]`."""
+        heads = self._apart(x, name)
+        pads = self._file.constant([0] * 7 + [INDICATOR_COLUMNS])
+        return self._joined(self._file.node("Pad", [heads, pads], f"{name}.wide"), name)
+
+    def marked(self, v: str, name: str) -> str:
+        """Values `[B, T, heads d]` with indicator columns, `[B, T, heads w]`."""
+        heads = self._apart(v, name)
+        wide = self._file.node("Concat", [heads, self._indicator], f"{name}.wide", axis=3)
+        return self._joined(wide, name)
+
+    def marked_columns(self, v: str, name: str) -> str:
+        """Value columns of LAWCAT `[B, T, heads V]` with the indicator after the normaliser."""
+        return self._file.node("Add", [v, self._indicator_columns], f"{name}.marked")
+
+    def gated(self, y: str, mass: str, name: str) -> str:
+        """Heads `[B, T, H, d]`, turned down where their `mass [B, T, H, 1]` asks for it."""
+        node = functools.partial(self._file.node, name=f"{name}.spin")
+        chosen = self._by_topk(mass, name) if self._spin.lowering == "topk" else None
+        chosen = chosen or self._by_rank(mass, name)
+        spared = node("Or", [chosen, node("Not", [self._gate(mass, name)])])
+        values = [self._file.constant(np.float32(x), "spin.factor") for x in (1, self._spin.alpha)]
+        return node("Mul", [y, node("Where", [spared, *values])])
+
+    def _by_topk(self, mass: str, name: str) -> str:
+        """The heads of each query with the largest mass, bool `[B, T, H, 1]`."""
+        node = functools.partial(self._file.node, name=f"{name}.topk")
+        kept = self._spin.kept(self._config.num_heads)
+        _, order = self._file.nodes(
+            "TopK", [mass, self._file.constant([kept])], f"{name}.topk", 2, axis=2
+        )
+        one = self._file.constant(np.float32(1), "spin.one")
+        zeros = node("Mul", [mass, self._file.constant(np.float32(0), "zero")])
+        ones = node("Expand", [one, node("Shape", [order])])
+        marks = node("ScatterElements", [zeros, order, ones], axis=2)
+        return node("Greater", [marks, self._file.constant(np.float32(0.5), "half")])
+
+    def _by_rank(self, mass: str, name: str) -> str:
+        """The same by counting the heads that are ahead: for devices without a quick TopK."""
+        node, constant = (
+            functools.partial(self._file.node, name=f"{name}.rank"),
+            self._file.constant,
+        )
+        mine = node("Unsqueeze", [mass, constant([3])])  # [B, T, H, 1, 1]
+        other = node("Unsqueeze", [mass, constant([2])])  # [B, T, 1, H, 1]
+        order = np.arange(self._config.num_heads)
+        earlier = constant((order < order[:, None])[None, None, ..., None], "spin.earlier")
+        ties = node("And", [node("Equal", [other, mine]), earlier])
+        ahead = node("Or", [node("Greater", [other, mine]), ties])
+        number = node("Cast", [ahead], to=TensorProto.FLOAT)
+        count = node("ReduceSum", [number, constant([3])], keepdims=0)
+        kept = constant(np.float32(self._spin.kept(self._config.num_heads)), "spin.kept")
+        return node("Less", [count, kept])
+
+    def _gate(self, mass: str, name: str) -> str:
+        """The queries whose heads are turned down, bool `[B, T, 1, 1]`."""
+        node, constant = (
+            functools.partial(self._file.node, name=f"{name}.gate"),
+            self._file.constant,
+        )
+        seen = constant(np.float32(SEEN), "spin.seen")
+        total = node("ReduceSum", [mass, constant([2])], keepdims=1)
+        return node("And", [node("Greater", [total, seen]), self._queries])
+
+    @functools.cached_property
+    def _queries(self) -> str:
+        """The queries that may be gated, bool `[B or 1, T, 1, 1]`."""
+        node, constant = self._file.node, self._file.constant
+        if self._spin.queries == "text":
+            half = constant(np.float32(0.5), "half")
+            return node("Less", [self._image, half], "spin.text")
+        zero, one = (constant(np.asarray(n, np.int64), "steps") for n in (0, 1))
+        end = node("Reshape", [self._time, constant([])], "spin.end")
+        steps = node("Range", [zero, end, one], "spin.steps")
+        last = node("Equal", [steps, node("Sub", [end, one], "spin.last")], "spin.is_last")
+        return node("Unsqueeze", [last, constant([0, 2, 3])], "spin.queries")
+
+    @functools.cached_property
+    def _image(self) -> str:
+        """1 on the image tokens of this call, else 0, fp32 `[B, T, 1, 1]`.
+
+        A caller may give the mask of all tokens so far.
+        """
+        node, constant = self._file.node, self._file.constant
+        start = node("Neg", [self._time], "spin.start")
+        recent = node("Slice", [IMAGE_MASK, start, constant([END]), constant([1])], "spin.recent")
+        number = node("Cast", [recent], "spin.number", to=TensorProto.FLOAT)
+        return node("Unsqueeze", [number, constant([2, 3])], "spin.image")
+
+    @functools.cached_property
+    def _indicator(self) -> str:
+        """The same for every head of the values, `[B, T, heads, columns]`."""
+        sizes = self._file.constant([1, 1, self._config.num_kv_heads, INDICATOR_COLUMNS])
+        return self._file.node("Expand", [self._image, sizes], "spin.indicator")
+
+    @functools.cached_property
+    def _indicator_columns(self) -> str:
+        """The same among the value columns of LAWCAT's state heads, `[B, T, heads V]`."""
+        pattern = np.zeros((self._config.state_heads, self._config.value_columns), np.float32)
+        pattern[:, self._config.head_dim + 1] = 1.0
+        flat = self._file.constant(pattern.reshape(1, 1, -1), "spin.pattern")
+        image = self._file.node("Squeeze", [self._image, self._file.constant([3])], "spin.rows")
+        return self._file.node("Mul", [image, flat], "spin.columns")
+
+    def _apart(self, x: str, name: str) -> str:
+        shape = self._file.constant([0, 0, -1, self._config.head_dim])
+        return self._file.node("Reshape", [x, shape], f"{name}.apart")
+
+    def _joined(self, x: str, name: str) -> str:
+        """The last two axes as one, however many heads there are."""
+        rows = self._file.node("Shape", [x], f"{name}.rows", end=2)
+        shape = self._file.node("Concat", [rows, self._file.constant([-1])], f"{name}.flat", axis=0)
+        return self._file.node("Reshape", [x, shape], f"{name}.joined")
