@@ -25,7 +25,7 @@ from edgekit.kernels.head_gate.reference import gated_queries, head_factors
 from edgekit.models.spin import SpinConfig
 from edgekit.spin.scores import logit_score, mass_score, visible_keys
 
-__all__ = ["Observer", "Spin", "apply"]
+__all__ = ["Observer", "Spin", "apply", "attention_modules"]
 
 # Called with a layer, its scores [B, T, H] and the gated queries [B, T].
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -42,17 +42,22 @@ class Spin:
 
     Attributes:
         config: its settings; another may be set at any time between two calls of the model.
+        ranking: what the heads are ranked by, out of their scores `[B, T, H]`; None: the scores.
+            Experiments have controls here.
     """
 
     def __init__(self, model: PreTrainedModel, config: SpinConfig) -> None:
         """See `apply`."""
         self._text = model.config.get_text_config(decoder=True)
-        self._modules = _attention_modules(model, self._text)
+        self._modules = attention_modules(model)
+        if any(hasattr(module, HANDLE) for module in self._modules):
+            raise UsageError("SPIN is already on in this model; change its config, or remove() it")
         self._tokens = config.image_token_ids or _image_tokens(model.config)
         self._signature = inspect.signature(model.forward)
         self._image: torch.Tensor | None = None  # bool [B, keys so far]
         self._given: torch.Tensor | None = None
         self._observers: list[Observer] = []
+        self.ranking: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._before = self._text._attn_implementation
         self.config = config
         for module in self._modules:
@@ -137,6 +142,7 @@ class Spin:
         scores = SCORES[config.score](query, key, image, visible, scale).mT
         for observer in self._observers:
             observer(layer, scores, gate)
+        scores = scores if self.ranking is None else self.ranking(scores)
         kept = config.kept(query.shape[1])
         factors = head_factors(scores, gate, kept, config.alpha, config.lowering)
         return output * factors[..., None].to(output.dtype)
@@ -193,8 +199,13 @@ def _aligned(image: torch.Tensor, keys: int) -> torch.Tensor:
     return nn.functional.pad(image, (0, free)) if free >= 0 else image[:, -keys:]
 
 
-def _attention_modules(model: PreTrainedModel, text: Any) -> list[nn.Module]:
-    """The attention modules of the text decoder, if they can be reached."""
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of the text decoder.
+
+    Raises:
+        UnsupportedError: if they cannot be reached.
+    """
+    text = model.config.get_text_config(decoder=True)
     if text._attn_implementation not in ("sdpa", NAME):
         raise UnsupportedError(
             f"attention {text._attn_implementation!r} of the text decoder; SPIN needs 'sdpa': "
@@ -212,8 +223,6 @@ def _attention_modules(model: PreTrainedModel, text: Any) -> list[nn.Module]:
             f"{type(model).__name__} has no attention that SPIN can reach; known to work: LLaVA, "
             "Qwen2-VL, SmolVLM, Gemma3"
         )
-    if any(hasattr(module, HANDLE) for module in found):
-        raise UsageError("SPIN is already on in this model; change its config, or remove() it")
     return found
 
 

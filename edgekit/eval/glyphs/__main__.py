@@ -1,0 +1,131 @@
+"""Train the glyph world's models and measure SPIN on them.
+
+Example:
+    python -m edgekit.eval.glyphs -o glyphs --seeds 0,1,2
+
+For each seed it writes `seed-N/model`, a LLaVA that transformers opens and `edgekit convert` reads,
+and `seed-N/results.json`; then `table.md`. What is there already is not made again.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaForConditionalGeneration
+
+from edgekit.command import Told, guarded, numbers
+from edgekit.config import dump
+from edgekit.errors import UsageError
+from edgekit.eval.glyphs.experiment import measured
+from edgekit.eval.glyphs.model import Model, Training, new_model, train
+from edgekit.markdown import markdown_table
+
+__all__ = ["main"]
+
+HEADERS = ("method", "settings", "C_S", "C_I", "recall", "F1", "objects")
+SMOKE = Training(text_steps=20, picture_steps=40)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, measure and print the table.
+
+    Args:
+        argv: the arguments after the program's name; None: those of this process.
+
+    Returns:
+        0 on success, otherwise the exit code of the error, which is one line on stderr.
+    """
+    args = _parser().parse_args(argv)
+    return guarded("glyphs", lambda: _made(args))
+
+
+def _made(args: argparse.Namespace) -> str:
+    if args.scenes < 1:
+        raise UsageError(f"scenes {args.scenes} given; allowed: 1 or more")
+    training, told = SMOKE if args.smoke else Training(), Told()
+    results = {
+        seed: _results(args.output / f"seed-{seed}", replace(training, seed=seed), args, told)
+        for seed in args.seeds
+    }
+    table = _table(results)
+    (args.output / "table.md").write_text(table, encoding="utf-8")
+    return table
+
+
+def _results(folder: Path, training: Training, args: argparse.Namespace, told: Told) -> Any:
+    """The figures of one seed, made or read."""
+    file, settings = folder / "results.json", {**dump(training), "scenes": args.scenes}
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise UsageError(f"{file} is of other settings; give another folder")
+        return found["methods"]
+    model = _model(folder / "model", training, told)
+    methods = measured(model, seed=training.seed, scenes=args.scenes, progress=told)
+    text = json.dumps({"settings": settings, "methods": methods}, indent=1) + "\n"
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(file)
+    return methods
+
+
+def _model(folder: Path, training: Training, told: Told) -> Model:
+    if not folder.is_dir():
+        model = new_model(training.seed)
+        train(model, training, told)
+        unfinished = folder.with_name("model.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    found: Model = LlavaForConditionalGeneration.from_pretrained(folder)
+    return found.eval()
+
+
+def _table(results: dict[int, Any]) -> str:
+    """All methods over all seeds, means and each seed's figures."""
+    names = next(iter(results.values()))
+    rows = [_row(name, [methods[name] for methods in results.values()]) for name in names]
+    seeds = ", ".join(map(str, results))
+    return f"Glyph world, seeds {seeds}: mean (each seed)\n\n{markdown_table(rows, HEADERS)}\n"
+
+
+def _row(name: str, found: list[Any]) -> list[str]:
+    settings = "; ".join(dict.fromkeys(_settings(figures["spin"]) for figures in found))
+    shares = [_cell([100 * f[key] for f in found]) for key in ("c_s", "c_i", "recall", "f1")]
+    return [name, settings, *shares, _cell([f["objects"] for f in found], 2)]
+
+
+def _cell(values: list[float], digits: int = 1) -> str:
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{sum(values) / len(values):.{digits}f} ({each})"
+
+
+def _settings(spin: dict[str, Any] | None) -> str:
+    if spin is None:
+        return ""
+    layers = "all layers" if spin["layers"] is None else f"layers {spin['layers']}"
+    return f"{spin['suppress']} heads, alpha {spin['alpha']}, {layers}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m edgekit.eval.glyphs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, metavar="DIR")
+    add("--seeds", type=numbers, default=(0, 1, 2), metavar="N,N")
+    add("--scenes", type=int, default=250, metavar="N", help="to choose on, and to measure on")
+    add("--smoke", action="store_true", help="60 steps: whether it runs, not what it finds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The model of the glyph world, a small LLaVA, and how it is trained.
+
+First the captions alone teach what usually goes together, then pictures join them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from edgekit.errors import UsageError
+from edgekit.eval.glyphs import world
+
+__all__ = ["Model", "Training", "new_model", "prompt", "train"]
+
+Model = Any  # LlavaForConditionalGeneration, whose types refuse what it takes
+Progress = Callable[[str, int, int], None]
+IGNORE = -100
+PEAK, FLOOR, WARMUP, CLIP = 2e-3, 0.02, 50, 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """How a model learns.
+
+    Attributes:
+        text_steps: steps on captions alone.
+        picture_steps: steps on pictures and captions.
+        batch: fresh scenes of each step.
+        seed: of weights and scenes.
+    """
+
+    text_steps: int = 400
+    picture_steps: int = 1000
+    batch: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: naming the field.
+        """
+        for name in ("text_steps", "picture_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} {getattr(self, name)} given; allowed: 0 or more")
+        if self.batch < 1:
+            raise UsageError(f"batch {self.batch} given; allowed: 1 or more")
+
+
+def new_model(seed: int) -> Model:
+    """An untrained model: one vision block, three decoder layers of 64 channels and 8 heads."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
+    vision = {
+        **sizes,
+        "model_type": "clip_vision_model",
+        "num_hidden_layers": 1,
+        "image_size": world.SIDE,
+        "patch_size": world.CELL,
+        "projection_dim": 64,
+    }
+    text = {
+        **sizes,
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 8,
+        "vocab_size": world.VOCABULARY,
+        "max_position_embeddings": 128,
+        "bos_token_id": world.BOS,
+        "eos_token_id": world.EOS,
+        "pad_token_id": world.EOS,
+    }
+    values: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": world.IMAGE,
+        "vision_feature_layer": -1,
+        "pad_token_id": world.EOS,
+    }
+    config = LlavaConfig(**values)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlavaForConditionalGeneration(config)
+
+
+def prompt(count: int) -> torch.Tensor:
+    """What a caption begins with, for so many pictures: `[count, PATCHES + 2]`."""
+    row = [world.IMAGE] * world.PATCHES + [world.BOS, world.WITH]
+    return torch.tensor([row] * count)
+
+
+def train(model: Model, training: Training, progress: Progress | None = None) -> list[float]:
+    """Teach the model both stages; returns the loss of every step."""
+    rng = np.random.default_rng([training.seed, 1])
+    losses = []
+    for stage, steps in (("captions", training.text_steps), ("pictures", training.picture_steps)):
+        optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate(steps))
+        model.train()
+        for step in range(steps):
+            if progress is not None and not step % 50:
+                progress(stage, step, steps)
+            loss = _loss(model, rng, training.batch, pictures=stage == "pictures")
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+def _rate(steps: int) -> Callable[[int], float]:
+    """The share of the peak rate at a step: a rise, then a cosine with a floor."""
+
+    def share(step: int) -> float:
+        fall = 0.5 * (1 + np.cos(np.pi * step / max(steps, 1)))
+        return float(min(1.0, (step + 1) / WARMUP) * (fall + FLOOR))
+
+    return share
+
+
+def _loss(model: Model, rng: np.random.Generator, batch: int, *, pictures: bool) -> torch.Tensor:
+    """Mean cross-entropy of the captions of fresh scenes."""
+    scenes = [world.draw_scene(rng, world.LIKELY) for _ in range(batch)]
+    captions = torch.tensor([world.caption(scene.mentioned) for scene in scenes])
+    inputs, given = captions, {}
+    if pictures:
+        inputs = torch.cat((prompt(batch)[:, : world.PATCHES], captions), dim=1)
+        pixels = [world.picture(rng, scene.drawn) for scene in scenes]
+        given = {"pixel_values": torch.from_numpy(np.stack(pixels))}
+    logits = model(input_ids=inputs, **given).logits[:, -world.CAPTION : -1]
+    targets = captions[:, 1:]
+    padding = ((targets == world.EOS).cumsum(dim=1) > 1) | (targets == world.WITH)
+    return functional.cross_entropy(
+        logits.flatten(0, 1), targets.masked_fill(padding, IGNORE).flatten(), ignore_index=IGNORE
+    )
