@@ -76,7 +76,7 @@ class ContribGraph(LolcatsGraph):
             do_rotary=int(rotary),
             **({"scale": config.head_dim**-0.5} if gated else {}),  # the heads are wider
         )
-        return Value(self._gated(y, name) if gated else y)
+        return Value(self.head_gate.narrowed(y, name) if gated else y)
 
     def _norm(self, x: str, weight: str, name: str) -> str:
         return self.file.node(
@@ -133,7 +133,7 @@ class ContribGraph(LolcatsGraph):
         total = self.file.node("Cast", [self.total], "total.int32", to=TensorProto.INT32)
         one = self.file.constant(np.asarray([1], np.int32), "one")
         last = self.file.node("Sub", [total, one], "total.last")
-        batch = self.file.node("Shape", [self._ids], "batch", start=0, end=1)
+        batch = self.file.node("Shape", [self._given], "batch", start=0, end=1)
         lengths = self.file.node("Expand", [last, batch], "total.lengths")
         return lengths, self._reshape(total, [], "total.scalar")
 

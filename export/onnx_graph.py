@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from onnx import TensorProto
 
+from edgekit.errors import UnsupportedError
 from edgekit.export.onnx_chunks import Chunks
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, repeat_heads
@@ -31,8 +32,8 @@ from edgekit.export.onnx_values import (
     pair,
 )
 from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
-from edgekit.export.states import state_records
-from edgekit.models.config import INDICATOR_COLUMNS, DecoderConfig
+from edgekit.export.states import EMBEDDINGS, state_records
+from edgekit.models.config import DecoderConfig
 from edgekit.models.rope import inverse_frequencies
 
 __all__ = ["LAST_LOGITS", "OnnxGraph"]
@@ -55,10 +56,10 @@ class OnnxGraph:
     ) -> None:
         """Declare the inputs; `describe_decoder` adds the rest."""
         self.file, self.writer, self.config = file, writer, config
-        self._side = SideWriter(file, writer.weights, side)
+        self._given = self._declare_given()
+        self._side = SideWriter(file, writer.weights, side, self._given)
         self._states = {(record.layer, record.kind): record for record in state_records(config)}
         self._table = TokenTable(file, writer)
-        self._ids = file.input("input_ids", TensorProto.INT64, ["batch", "time"])
         self._attention_mask = file.input("attention_mask", TensorProto.INT64, ["batch", "total"])
         if config.needs_positions:
             file.input("position_ids", TensorProto.INT64, ["batch", "time"])
@@ -66,9 +67,20 @@ class OnnxGraph:
             self.head_gate = HeadGateWriter(file, config, self.time)
         self._keep = file.optional_input("logits_to_keep", np.asarray(1, np.int64))
 
+    def _declare_given(self) -> str:
+        """The first input: token ids `[B, T]`, or embeddings `[B, T, D]`."""
+        if self.config.image_flag:
+            raise UnsupportedError("image_flag is a channel for runtimes of the OpenVINO graph")
+        if self.config.reads == "tokens":
+            return self.file.input("input_ids", TensorProto.INT64, ["batch", "time"])
+        shape: list[int | str] = ["batch", "time", self.config.hidden_size]
+        return self.file.input(EMBEDDINGS, TensorProto.FLOAT, shape)
+
     def embed(self, name: str) -> Value:
-        """See `Graph.embed`."""
-        return Value(self._table.embed(name, self._ids))
+        """See `Graph.embed`; nothing where embeddings are given."""
+        if self.config.reads == "embeddings":
+            return Value(self._given)
+        return Value(self._table.embed(name, self._given))
 
     def add(self, x: Value, y: Value) -> Sum:
         """See `Graph.add`; a norm that follows takes the sum over."""
@@ -217,7 +229,7 @@ class OnnxGraph:
     @functools.cached_property
     def time(self) -> str:
         """T, int64 `[1]`."""
-        return self.file.node("Shape", [self._ids], "time", start=1, end=2)
+        return self.file.node("Shape", [self._given], "time", start=1, end=2)
 
     @functools.cached_property
     def total(self) -> str:
@@ -287,15 +299,6 @@ class OnnxGraph:
             Value(self.head_gate.widened(x.name, f"{name}.{n}")) for x, n in ((q, "q"), (k, "k"))
         )
         return q, k, Value(self.head_gate.marked(v.name, f"{name}.v"))
-
-    def _gated(self, y: str, name: str) -> str:
-        """What attention gave a gated layer, `[B, T, H * wider]`, as heads `[B, T, H * d]`."""
-        heads, d = self.config.num_heads, self.config.head_dim
-        apart = self._reshape(y, [0, 0, heads, -1], f"{name}.wide_heads")
-        sizes = self.file.constant([d, 1, INDICATOR_COLUMNS - 1])
-        y, mass, _ = self.file.nodes("Split", [apart, sizes], f"{name}.mass", 3, axis=-1)
-        y = self.head_gate.gated(y, mass, name)
-        return self._reshape(y, [0, 0, heads * d], f"{name}.gated")
 
     def _value_columns(self, v: Value) -> Value:
         """Values with their normaliser column and padding, zero on padded tokens."""

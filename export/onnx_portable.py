@@ -110,7 +110,7 @@ class PortableGraph(LolcatsGraph):
         y = self._reshape(y, [0, config.num_heads, -1, d], f"{name}.heads")
         y = self.file.node("Transpose", [y], f"{name}.out", perm=[0, 2, 1, 3])
         y = self._reshape(y, [0, 0, config.num_heads * d], f"{name}.flatten")
-        return Value(self._gated(y, name) if gated else y)
+        return Value(self.head_gate.narrowed(y, name) if gated else y)
 
     def _norm(self, x: str, name: str) -> str:
         weight = self.file.weight(f"{name}.weight", self.writer.array(f"{name}.weight"))

@@ -20,9 +20,9 @@ __all__ = ["SideWriter"]
 class SideWriter:
     """Adds the side paths of one graph."""
 
-    def __init__(self, file: OnnxFile, weights: WeightStore, side: SidePaths) -> None:
-        """Write to `file`; nothing is emitted before a layer asks."""
-        self._file, self._weights, self._side = file, weights, side
+    def __init__(self, file: OnnxFile, weights: WeightStore, side: SidePaths, given: str) -> None:
+        """Write to `file`; `given [B, T, ..]` is the graph's first input."""
+        self._file, self._weights, self._side, self._given = file, weights, side, given
         self._zeros: dict[int, str] = {}
 
     def added(
@@ -89,7 +89,7 @@ class SideWriter:
 
     @functools.cached_property
     def _batch_and_time(self) -> str:
-        return self._file.node("Shape", ["input_ids"], "lora.batch_and_time")
+        return self._file.node("Shape", [self._given], "lora.batch_and_time", end=2)
 
     def _constant_path(
         self, y: str, x: str, layers: Sequence[tuple[str, Columns | None, int]], name: str

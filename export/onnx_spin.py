@@ -48,6 +48,15 @@ class HeadGateWriter:
         """Value columns of LAWCAT `[B, T, heads V]` with the indicator after the normaliser."""
         return self._file.node("Add", [v, self._indicator_columns], f"{name}.marked")
 
+    def narrowed(self, y: str, name: str) -> str:
+        """What attention made of wide heads, `[B, T, H w]`, gated and as wide as before."""
+        heads, d = self._config.num_heads, self._config.head_dim
+        shape = self._file.constant([0, 0, heads, -1])
+        apart = self._file.node("Reshape", [y, shape], f"{name}.wide_heads")
+        sizes = self._file.constant([d, 1, INDICATOR_COLUMNS - 1])
+        y, mass, _ = self._file.nodes("Split", [apart, sizes], f"{name}.mass", 3, axis=-1)
+        return self._joined(self.gated(y, mass, name), f"{name}.narrow")
+
     def gated(self, y: str, mass: str, name: str) -> str:
         """Heads `[B, T, H, d]`, turned down where their `mass [B, T, H, 1]` asks for it."""
         node = functools.partial(self._file.node, name=f"{name}.spin")

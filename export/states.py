@@ -7,6 +7,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.models.config import DecoderConfig
 
 __all__ = [
+    "EMBEDDINGS",
     "IMAGE_MASK",
     "history_channels",
     "input_names",
@@ -15,6 +16,7 @@ __all__ = [
     "value_channels",
 ]
 
+EMBEDDINGS = "inputs_embeds"  # input: embeddings of tokens and images
 IMAGE_MASK = "spin_image_mask"  # input: 1 on the image tokens of a call, else 0
 
 
@@ -29,8 +31,10 @@ def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
 
 def input_names(config: DecoderConfig) -> tuple[str, ...]:
     """Inputs that both engines' graphs have; `beam_idx` is OpenVINO's own."""
-    spin, positions = config.spin is not None, config.needs_positions
-    return ("input_ids", "attention_mask", *(IMAGE_MASK,) * spin, *("position_ids",) * positions)
+    first = EMBEDDINGS if config.reads == "embeddings" else "input_ids"
+    masked = config.spin is not None and not config.image_flag
+    positions = config.needs_positions
+    return (first, "attention_mask", *(IMAGE_MASK,) * masked, *("position_ids",) * positions)
 
 
 def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:

@@ -1,44 +1,32 @@
 """The decoder as one stateful OpenVINO IR: a dynamic-T graph that serves prefill and decode alike.
 
-Recurrent layers work on time padded on the right to N chunks of C <= 64 tokens, so that no layer
-has to pad for itself; see `openvino_lawcat.py`. Weights stay memory-mapped until written.
+`openvino_call.py` has what all layers share. Weights stay memory-mapped until written.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import openvino as ov
 import torch
 from openvino import opset15 as op
 from torch.nn import functional
 
-from edgekit.export.openvino_lawcat import Chunking, chunk_count, gated_attention
+from edgekit.export.openvino_call import Call
+from edgekit.export.openvino_lawcat import gated_attention
 from edgekit.export.openvino_side import sided
-from edgekit.export.openvino_spin import HeadGate
-from edgekit.export.openvino_values import at, ints, named, parameter, scalar, sliced, squeezed
+from edgekit.export.openvino_values import at, ints, named, scalar, sliced
 from edgekit.export.openvino_weights import WeightConstants
-from edgekit.export.openvino_window import Bands, LinearPart, window_attention
+from edgekit.export.openvino_window import LinearPart, window_attention
 from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
-from edgekit.export.states import (
-    IMAGE_MASK,
-    history_channels,
-    input_names,
-    refuse_gate,
-    value_channels,
-)
+from edgekit.export.states import history_channels, refuse_gate, value_channels
 from edgekit.models.config import DecoderConfig
 from edgekit.models.describe import describe_decoder
-from edgekit.models.rope import inverse_frequencies
 from edgekit.models.weights import WeightStore
 
 __all__ = ["build_openvino"]
 
 Handle = Any  # an openvino.Output: the package ships no types
 LAST_POSITION = "last_position"  # the runtime bypasses this node when all logits are wanted
-MASKED = float(np.finfo(np.float32).min)
 
 
 def build_openvino(
@@ -57,21 +45,12 @@ def build_openvino(
         side: low-rank paths beside linear layers.
 
     Returns:
-        A model with inputs `input_ids`, `attention_mask`, `beam_idx` (`position_ids` and
-        `spin_image_mask` if needed), output `logits`, one variable per state and three per slot.
+        A model with the inputs of `states.input_names` and `beam_idx`, output `logits`, one
+        variable per state and three per slot.
     """
     graph = OpenVinoGraph(config, weights, half=half, side=side)
     describe_decoder(graph, config)
     return graph.finish()
-
-
-@dataclass(slots=True)
-class _Time:
-    """Nodes that know the batch and how long this call is, each `[1]`."""
-
-    batch: Handle
-    length: Handle
-    padding: Handle
 
 
 class OpenVinoGraph:
@@ -89,9 +68,7 @@ class OpenVinoGraph:
         self._config, self._side = config, side
         self._weights = WeightConstants(weights, half=half)
         self._sinks: list[ov.Node] = []
-        self._recurrent = any(mixer != "softmax" for mixer in config.mixers)
-        self._inputs = {n: parameter(n, [-1, -1], ov.Type.i64) for n in input_names(config)}
-        self._inputs["beam_idx"] = parameter("beam_idx", [-1], ov.Type.i32)
+        self._call = Call(config)
         self._logits: Handle | None = None
 
     def finish(self) -> ov.Model:
@@ -100,93 +77,21 @@ class OpenVinoGraph:
         result = op.result(self._logits)
         result.set_friendly_name("logits")
         result.get_output_tensor(0).set_names({"logits"})
-        model = ov.Model([result], self._sinks, list(self._inputs.values()), self._config.family)
+        model = ov.Model(
+            [result], self._sinks, list(self._call.inputs.values()), self._config.family
+        )
         model.validate_nodes_and_infer_types()
         model.edgekit_owners = self._weights.owners
         return model
 
-    @cached_property
-    def _time(self) -> _Time:
-        shape = op.shape_of(self._inputs["input_ids"])
-        batch, length = at(shape, 0), at(shape, 1)
-        chunks = chunk_count(length)
-        chunk = op.divide(op.subtract(op.add(length, chunks), ints([1])), chunks)
-        return _Time(batch, length, op.subtract(op.multiply(chunk, chunks), length))
-
-    @cached_property
-    def _chunking(self) -> Chunking:
-        padded = op.add(self._time.length, self._time.padding).output(0)
-        image = None if self._config.spin is None else self._padded_gate.image
-        return Chunking.of(self._time.batch, padded, self._config, image)
-
-    @cached_property
-    def _bands(self) -> Bands:
-        padded = op.add(self._time.length, self._time.padding).output(0)
-        return Bands.of(padded, self._config)
-
-    def _pad_time(self, x: Handle, axis: int) -> Handle:
-        """Append the padding of `_Time` to `axis`, zero-filled."""
-        zero, rank = ints([0]), x.get_partial_shape().rank.get_length()
-        ends = [zero] * rank
-        ends[axis] = self._time.padding
-        fill = op.constant(0, dtype=x.get_element_type().to_dtype())
-        return op.pad(x, ints([0] * rank), op.concat(ends, 0), "constant", fill).output(0)
-
-    @cached_property
-    def _recent_mask(self) -> Handle:
-        """1 for tokens, 0 for padding on either side, fp32 `[B, T', 1]`."""
-        start = op.negative(self._time.length)
-        recent = sliced(self._inputs["attention_mask"].output(0), start, None, 1)
-        mask = self._pad_time(op.convert(recent, "f32").output(0), 1)
-        return op.unsqueeze(mask, ints([2])).output(0)
-
-    @cached_property
-    def _gate(self) -> HeadGate:
-        """SPIN over the T tokens of this call."""
-        assert self._config.spin is not None
-        start = op.negative(self._time.length)  # a caller may give the mask of all tokens so far
-        recent = sliced(self._inputs[IMAGE_MASK].output(0), start, None, 1)
-        image = op.convert(recent, "f32").output(0)
-        return HeadGate(self._config.spin, image, self._time.length)
-
-    @cached_property
-    def _padded_gate(self) -> HeadGate:
-        """The same over the T' that recurrent layers work on."""
-        return replace(self._gate, image=self._pad_time(self._gate.image, 1))
-
-    @cached_property
-    def _rotation(self) -> tuple[Handle, Handle]:
-        """Cosines and sines `[B, 1, T', d]`, each half twice."""
-        positions = op.convert(op.unsqueeze(self._inputs["position_ids"], ints([1, 3])), "f32")
-        frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
-        angles = op.multiply(
-            positions, self._weights.constant(frequencies[None, None, None])
-        ).output(0)
-        if self._recurrent:
-            angles = self._pad_time(angles, 2)
-        return op.cos(angles).output(0), op.sin(angles).output(0)
-
-    @cached_property
-    def _visible(self) -> Handle:
-        """The additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
-        given = self._inputs["attention_mask"]
-        total = at(op.shape_of(given), 1)
-        columns = op.range(ints(0), squeezed(total), ints(1), "i64")
-        first = op.subtract(total, self._time.length)
-        rows = op.range(squeezed(first), squeezed(total), ints(1), "i64")
-        rows = op.unsqueeze(rows, ints([1]))
-        causal = op.less_equal(op.unsqueeze(columns, ints([0])), rows)
-        itself = op.equal(op.unsqueeze(columns, ints([0])), rows)
-        tokens = op.convert(op.unsqueeze(given, ints([1, 2])), "boolean")
-        allowed = op.logical_or(op.logical_and(causal, tokens), itself)
-        return op.select(allowed, scalar(0.0), scalar(MASKED)).output(0)
-
     def embed(self, name: str) -> Handle:
-        """Gather of the table's rows."""
-        ids = self._inputs["input_ids"].output(0)
-        if self._recurrent:
-            ids = self._pad_time(ids, 1)
-        return named(op.gather(self._weights.matrix(f"{name}.weight"), ids, ints(0)), name)
+        """Gather of the table's rows; nothing where embeddings are given."""
+        given = self._call.given
+        if self._call.recurrent:
+            given = self._call.pad_time(given, 1)
+        if self._config.reads == "embeddings":
+            return given
+        return named(op.gather(self._weights.matrix(f"{name}.weight"), given, ints(0)), name)
 
     def add(self, x: Handle, y: Handle) -> Handle:
         """Elementwise sum."""
@@ -231,7 +136,7 @@ class OpenVinoGraph:
         low = sliced(heads, ints([0]), ints([d // 2]), 3)
         high = sliced(heads, ints([d // 2]), ints([d]), 3)
         turned = op.concat([op.multiply(high, scalar(-1.0)), low], 3)
-        cos, sin = self._rotation
+        cos, sin = self._call.rotation
         return self._joined(op.add(op.multiply(heads, cos), op.multiply(turned, sin)).output(0))
 
     def repeat_heads(self, x: Handle, head_width: int, times: int) -> Handle:
@@ -243,19 +148,19 @@ class OpenVinoGraph:
     def attention(self, q: Handle, k: Handle, v: Handle, layer: int) -> Handle:
         """Attention over stateful keys and values, in the form that the plug-in fuses."""
         config = self._config
-        q, k, v = (self._heads(self._unpadded(x), config.head_dim) for x in (q, k, v))
+        q, k, v = (self._heads(self._call.unpadded(x), config.head_dim) for x in (q, k, v))
         name, gated, d = f"past_key_values.{layer}", config.is_gated(layer), config.head_dim
         if gated:
-            v = self._gate.marked(v, config.cached_width(layer) - d).output(0)
+            v = self._call.gate.marked(v, config.cached_width(layer) - d).output(0)
         keys = self._grown(k, f"{name}.key", d)
         values = self._grown(v, f"{name}.value", config.cached_width(layer))
-        y = op.scaled_dot_product_attention(q, keys, values, self._visible)
+        y = op.scaled_dot_product_attention(q, keys, values, self._call.visible)
         y = named(y, f"model.layers.{layer}.self_attn.attention")
         if gated:
             mass = sliced(y, ints([d]), ints([d + 1]), 3)
-            y = self._gate.gated(sliced(y, ints([0]), ints([d]), 3), mass)
+            y = self._call.gate.gated(sliced(y, ints([0]), ints([d]), 3), mass)
         joined = self._joined(y)
-        return self._pad_time(joined, 1) if self._recurrent else joined
+        return self._call.pad_time(joined, 1) if self._call.recurrent else joined
 
     def causal_conv(
         self, q: Handle, k: Handle, q_name: str, k_name: str, layer: int
@@ -265,7 +170,7 @@ class OpenVinoGraph:
         taps = torch.cat(
             [self._weights.store.tensor(f"{n}.weight").float() for n in (q_name, k_name)]
         )
-        x = op.multiply(op.concat([q, k], 2), self._recent_mask)
+        x = op.multiply(op.concat([q, k], 2), self._call.mask)
         joined = self._history(x, f"cache_params.past.conv.{layer}", *taps.shape)
         kernel = self._weights.constant(taps[:, None, None].contiguous())
         y = named(op.group_convolution(joined, kernel, [1], [0], [0], [1]), q_name)
@@ -281,8 +186,8 @@ class OpenVinoGraph:
         """`x [B, T', C]` after the size - 1 columns of state `name`, `[B, C, size - 1 + T']`."""
         past = self._state(name, [channels, size - 1])
         joined = op.concat([past, op.transpose(x, ints([0, 2, 1]))], 2).output(0)
-        end = op.add(self._time.length, ints([size - 1]))
-        self._assign(sliced(joined, self._time.length, end, 2), name)
+        end = op.add(self._call.length, ints([size - 1]))
+        self._assign(sliced(joined, self._call.length, end, 2), name)
         return joined
 
     def feature_map(self, q: Handle, k: Handle, name: str) -> tuple[Handle, Handle]:
@@ -310,14 +215,14 @@ class OpenVinoGraph:
     def linear_attention(self, q: Handle, k: Handle, v: Handle, g: Handle, layer: int) -> Handle:
         """The recurrence; features come as `[B, heads, T', F]`, v and g as `[B, T', width]`."""
         config = self._config
-        mask = op.unsqueeze(self._recent_mask, ints([1]))
+        mask = op.unsqueeze(self._call.mask, ints([1]))
         k = op.multiply(k, mask).output(0)
         g = op.multiply(self._heads(g, config.state_rows), mask).output(0)
         name = f"cache_params.past.ssm.{layer}"
         past = self._state(name, [config.state_heads, config.state_rows, config.value_columns])
         values = self._heads(v, config.head_dim)
-        gate = self._padded_gate if config.is_gated(layer) else None
-        y, after = gated_attention(q, k, values, g, past, self._chunking, config, gate)
+        gate = self._call.padded_gate if config.is_gated(layer) else None
+        y, after = gated_attention(q, k, values, g, past, self._call.chunking, config, gate)
         self._assign(after, name)
         return y
 
@@ -325,12 +230,12 @@ class OpenVinoGraph:
         """A band of the history for each chunk, and a linear state of what left it."""
         config, options = self._config, self._config.lolcats
         refuse_gate(config, layer)
-        mask, name = self._recent_mask, f"cache_params.past.ssm.{layer}"
+        mask, name = self._call.mask, f"cache_params.past.ssm.{layer}"
         x = op.concat([op.multiply(op.concat([k, v], 2), mask), mask], 2).output(0)
         window = f"cache_params.past.conv.{layer}"
         columns = self._history(x, window, history_channels(config), options.window + 1)
         history = op.transpose(columns, ints([0, 2, 1])).output(0)
-        gone = self._pad_time(sliced(history, ints([0]), self._time.length, 1), 1)
+        gone = self._call.pad_time(sliced(history, ints([0]), self._call.length, 1), 1)
         keys = sliced(gone, ints([0]), ints([config.num_kv_heads * config.head_dim]), 2)
         keys = self.repeat_heads(keys, config.head_dim, config.groups)
         maps = [
@@ -347,14 +252,14 @@ class OpenVinoGraph:
         factor = self._weights.store.tensor(f"{prefix}.window_factor.weight").float()
         shape = (config.num_kv_heads, config.groups, 1, 1, 1)
         log_gamma = self._weights.constant(functional.logsigmoid(factor).reshape(shape))
-        y, after = window_attention(q, history, log_gamma, linear, self._bands, config)
+        y, after = window_attention(q, history, log_gamma, linear, self._call.bands, config)
         self._assign(after, name)
         return y
 
     def logits(self, x: Handle, name: str) -> None:
         """The head over the last position."""
-        start = op.subtract(self._time.length, ints([1]))
-        last = op.slice(x, start, self._time.length, ints([1]), ints([1]))
+        start = op.subtract(self._call.length, ints([1]))
+        last = op.slice(x, start, self._call.length, ints([1]), ints([1]))
         last.set_friendly_name(LAST_POSITION)
         product = op.matmul(last, self._weights.matrix(f"{name}.weight"), False, True)
         self._logits = named(product, "lm_head")
@@ -368,16 +273,13 @@ class OpenVinoGraph:
         """`[B, heads, T, width]` to `[B, T, heads * width]`."""
         return op.reshape(op.transpose(x, ints([0, 2, 1, 3])), ints([0, 0, -1]), True).output(0)
 
-    def _unpadded(self, x: Handle) -> Handle:
-        return sliced(x, ints([0]), self._time.length, 1) if self._recurrent else x
-
     def _state(self, name: str, shape: Sequence[int]) -> Handle:
         """Variable `name [B, *shape]`, zero at first, reordered by `beam_idx`; -1 grows."""
         start = [max(size, 0) for size in shape]
-        initial = op.broadcast(scalar(0.0), op.concat([self._time.batch, ints(start)], 0))
+        initial = op.broadcast(scalar(0.0), op.concat([self._call.batch, ints(start)], 0))
         read = op.read_value(initial, name, ov.Type.f32, ov.PartialShape([-1, *shape]))
         read.set_friendly_name(name)
-        return op.gather(read, self._inputs["beam_idx"], ints(0)).output(0)
+        return op.gather(read, self._call.inputs["beam_idx"], ints(0)).output(0)
 
     def _assign(self, value: Handle, name: str) -> None:
         node = value.get_node()
@@ -395,6 +297,6 @@ class OpenVinoGraph:
             return grown.output(0)
         apart = op.unsqueeze(grown, ints([2]))
         total, heads = at(op.shape_of(grown), 2), ints([config.num_kv_heads, config.groups])
-        shape = op.concat([self._time.batch, heads, total, ints([width])], 0)
+        shape = op.concat([self._call.batch, heads, total, ints([width])], 0)
         copies = op.broadcast(apart, shape, broadcast_spec="BIDIRECTIONAL")
         return op.reshape(copies, ints([0, config.num_heads, -1, width]), True).output(0)

@@ -116,6 +116,9 @@ class DecoderConfig:
         qk_norm: RMS norm over each head of q and k (Qwen3).
         context_length: positions a softmax layer may see: the model's limit or its sliding window.
         mixers: registry key of each layer's token mixer.
+        reads: token ids, or embeddings where images have theirs among those of tokens.
+        image_flag: SPIN reads where images lie from one more channel of the embeddings, which is 1
+            there, and not from an input of its own: for runtimes that know no such input.
         spin: heads turned down by how far they look at the image; None, also where one is given
             that changes nothing: all count alike.
     """
@@ -142,6 +145,8 @@ class DecoderConfig:
     mixers: tuple[str, ...] = ()
     lawcat: LawcatConfig = field(default_factory=LawcatConfig)
     lolcats: LolcatsConfig = field(default_factory=LolcatsConfig)
+    reads: Literal["tokens", "embeddings"] = "tokens"
+    image_flag: bool = False
     spin: SpinConfig | None = None
 
     def __post_init__(self) -> None:
@@ -154,6 +159,8 @@ class DecoderConfig:
             object.__setattr__(self, "mixers", ("softmax",) * self.num_layers)
         if len(self.mixers) != self.num_layers:
             raise UsageError(f"{len(self.mixers)} mixers given for {self.num_layers} layers")
+        if self.image_flag and self.reads != "embeddings":
+            raise UsageError("image_flag given for token ids; it is a channel of embeddings")
         if self.spin is not None:
             self._check_spin(self.spin)
             if self.spin.inert(self.num_heads):

@@ -13,7 +13,7 @@ import openvino as ov
 import pytest
 import torch
 
-from edgekit.errors import UnsupportedError
+from edgekit.errors import UnsupportedError, UsageError
 from edgekit.export.states import state_records
 from edgekit.export.to_onnx import write_onnx
 from edgekit.export.to_openvino import build_openvino
@@ -73,12 +73,13 @@ class OpenVino:
         mask: torch.Tensor | None = None,
         beam: list[int] | None = None,
     ) -> np.ndarray:
-        new = np.ones(ids.shape, np.int64) if mask is None else mask.numpy()
+        new = np.ones(ids.shape[:2], np.int64) if mask is None else mask.numpy()
         rows = list(range(len(ids))) if beam is None else beam
         before = new[:, :0] if self.mask is None else self.mask[rows]
         self.mask = np.concatenate((before, new), axis=1)
         feed = {
             "input_ids": ids.numpy(),
+            "inputs_embeds": ids.numpy(),
             "attention_mask": self.mask,
             "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
             "spin_image_mask": image.long().numpy(),
@@ -108,12 +109,13 @@ class Onnx:
         mask: torch.Tensor | None = None,
         beam: list[int] | None = None,
     ) -> np.ndarray:
-        new = np.ones(ids.shape, np.int64) if mask is None else mask.numpy()
+        new = np.ones(ids.shape[:2], np.int64) if mask is None else mask.numpy()
         rows = list(range(len(ids))) if beam is None else beam
         before = new[:, :0] if self.mask is None else self.mask[rows]
         self.mask = np.concatenate((before, new), axis=1)
         feed = {
             "input_ids": ids.numpy(),
+            "inputs_embeds": ids.numpy(),
             "attention_mask": self.mask,
             "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
             "spin_image_mask": image.long().numpy(),
@@ -223,6 +225,45 @@ def test_no_image_is_the_plain_graph(
     for part in (slice(0, 70), slice(70, 71)):
         difference = spun(ids[:, part], none[:, part]) - plain(ids[:, part], none[:, part])
         assert np.abs(difference).max() <= MAX_ABS / 10
+
+
+@pytest.mark.parametrize("layout", ["softmax", "hybrid"])
+@pytest.mark.parametrize("spin", [None, SPIN], ids=["plain", "spin"])
+def test_embeddings_stand_for_tokens(
+    layout: str,
+    spin: SpinConfig | None,
+    engine: Callable[..., Any],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), layout, spin)
+    x = torch.randn(2, 90, config.hidden_size)
+    image = sequence(config, 2)[1][:, :90]
+    call = engine(replace(config, reads="embeddings"), weights)
+    with torch.inference_mode():
+        expected = decoder(x, image=image)[0].numpy()
+    for start, end in ((0, 70), (70, 71), (71, 72)):
+        logits = call(x[:, start:end], image[:, start:end])
+        assert np.abs(logits - expected[:, end - 1]).max() <= MAX_ABS
+
+
+@pytest.mark.parametrize("layout", ["softmax", "hybrid"])
+def test_the_flag_channel_says_where_images_lie(
+    layout: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), layout)
+    x, image = torch.randn(2, 90, config.hidden_size), sequence(config, 2)[1][:, :90]
+    flagged = torch.cat((x, image[..., None].float()), dim=2)
+    with torch.inference_mode():
+        expected = decoder(x, image=image)[0].numpy()
+    call = OpenVino(replace(config, reads="embeddings", image_flag=True), weights)
+    assert "spin_image_mask" not in call.names
+    for start, end in ((0, 70), (70, 71)):
+        logits = call(flagged[:, start:end], image[:, start:end])
+        assert np.abs(logits - expected[:, end - 1]).max() <= MAX_ABS
+    with pytest.raises(UnsupportedError, match="OpenVINO graph"):
+        Onnx(replace(config, reads="embeddings", image_flag=True), weights, "contrib")
+    with pytest.raises(UsageError, match="it is a channel of embeddings"):
+        replace(config, image_flag=True)
 
 
 def test_only_chosen_layers_are_gated(

@@ -1,0 +1,160 @@
+"""What the inputs of one call say, as OpenVINO nodes that all layers share.
+
+B batch, T tokens of this call, S tokens so far. Recurrent layers work on T' >= T: time padded on
+the right to N chunks of C <= 64 tokens, so that no layer has to pad for itself.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset15 as op
+
+from edgekit.export.openvino_lawcat import Chunking, chunk_count
+from edgekit.export.openvino_spin import HeadGate
+from edgekit.export.openvino_values import at, ints, parameter, scalar, sliced, squeezed
+from edgekit.export.openvino_window import Bands
+from edgekit.export.states import EMBEDDINGS, IMAGE_MASK, input_names
+from edgekit.models.config import DecoderConfig
+from edgekit.models.rope import inverse_frequencies
+
+__all__ = ["Call"]
+
+Handle = Any  # an openvino.Output: the package ships no types
+MASKED = float(np.finfo(np.float32).min)
+
+
+class Call:
+    """The inputs, and what follows from them; each node is made once, when it is first asked for.
+
+    Attributes:
+        inputs: the graph's parameters by name, `beam_idx` among them.
+        recurrent: whether any layer works on T' tokens.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Declare the inputs of `config`'s graph."""
+        self._config = config
+        self.recurrent = any(mixer != "softmax" for mixer in config.mixers)
+        self.inputs = {name: self._declared(name) for name in input_names(config)}
+        self.inputs["beam_idx"] = parameter("beam_idx", [-1], ov.Type.i32)
+
+    def _declared(self, name: str) -> ov.op.Parameter:
+        if name == EMBEDDINGS:
+            width = self._config.hidden_size + self._config.image_flag
+            return parameter(name, [-1, -1, width], ov.Type.f32)
+        return parameter(name, [-1, -1], ov.Type.i64)
+
+    @cached_property
+    def given(self) -> Handle:
+        """Token ids `[B, T]`, or embeddings `[B, T, D]`."""
+        first = next(iter(self.inputs.values())).output(0)
+        if not self._config.image_flag:
+            return first
+        return sliced(first, ints([0]), ints([self._config.hidden_size]), 2)
+
+    @cached_property
+    def batch(self) -> Handle:
+        """B, `[1]`."""
+        return at(self._shape, 0)
+
+    @cached_property
+    def length(self) -> Handle:
+        """T, `[1]`."""
+        return at(self._shape, 1)
+
+    @cached_property
+    def _shape(self) -> ov.Node:
+        return op.shape_of(next(iter(self.inputs.values())))
+
+    @cached_property
+    def _padding(self) -> Handle:
+        """T' - T, `[1]`."""
+        chunks = chunk_count(self.length)
+        chunk = op.divide(op.subtract(op.add(self.length, chunks), ints([1])), chunks)
+        return op.subtract(op.multiply(chunk, chunks), self.length).output(0)
+
+    @cached_property
+    def _padded(self) -> Handle:
+        """T', `[1]`."""
+        return op.add(self.length, self._padding).output(0)
+
+    def pad_time(self, x: Handle, axis: int) -> Handle:
+        """T' entries along `axis` where there are T, zero-filled."""
+        zero, rank = ints([0]), x.get_partial_shape().rank.get_length()
+        ends = [zero] * rank
+        ends[axis] = self._padding
+        fill = op.constant(0, dtype=x.get_element_type().to_dtype())
+        return op.pad(x, ints([0] * rank), op.concat(ends, 0), "constant", fill).output(0)
+
+    def unpadded(self, x: Handle) -> Handle:
+        """The first T of T' entries of `[B, T', width]`."""
+        return sliced(x, ints([0]), self.length, 1) if self.recurrent else x
+
+    @cached_property
+    def chunking(self) -> Chunking:
+        """How LAWCAT layers cut time."""
+        image = None if self._config.spin is None else self.padded_gate.image
+        return Chunking.of(self.batch, self._padded, self._config, image)
+
+    @cached_property
+    def bands(self) -> Bands:
+        """How LoLCATs layers cut time."""
+        return Bands.of(self._padded, self._config)
+
+    @cached_property
+    def mask(self) -> Handle:
+        """1 for tokens, 0 for padding on either side, fp32 `[B, T', 1]`."""
+        recent = self._recent(self.inputs["attention_mask"].output(0))
+        return op.unsqueeze(self.pad_time(recent, 1), ints([2])).output(0)
+
+    @cached_property
+    def gate(self) -> HeadGate:
+        """SPIN over the T tokens of this call."""
+        assert self._config.spin is not None
+        return HeadGate(self._config.spin, self._image, self.length)
+
+    @cached_property
+    def padded_gate(self) -> HeadGate:
+        """The same over T'."""
+        return replace(self.gate, image=self.pad_time(self._image, 1))
+
+    @cached_property
+    def _image(self) -> Handle:
+        """1 on image tokens, else 0, fp32 `[B, T]`."""
+        if not self._config.image_flag:
+            return self._recent(self.inputs[IMAGE_MASK].output(0))
+        flag = sliced(self.inputs[EMBEDDINGS].output(0), ints([self._config.hidden_size]), None, 2)
+        return op.convert(op.greater(op.squeeze(flag, ints([2])), scalar(0.5)), "f32").output(0)
+
+    def _recent(self, x: Handle) -> Handle:
+        """The last T of `[B, S]`, as fp32: a caller may give the mask of all tokens so far."""
+        return op.convert(sliced(x, op.negative(self.length), None, 1), "f32").output(0)
+
+    @cached_property
+    def rotation(self) -> tuple[Handle, Handle]:
+        """Cosines and sines `[B, 1, T', d]`, each half twice."""
+        positions = op.convert(op.unsqueeze(self.inputs["position_ids"], ints([1, 3])), "f32")
+        frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
+        table = op.constant(frequencies[None, None, None].numpy())
+        angles = op.multiply(positions, table).output(0)
+        if self.recurrent:
+            angles = self.pad_time(angles, 2)
+        return op.cos(angles).output(0), op.sin(angles).output(0)
+
+    @cached_property
+    def visible(self) -> Handle:
+        """The additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
+        given = self.inputs["attention_mask"]
+        total = at(op.shape_of(given), 1)
+        columns = op.range(ints(0), squeezed(total), ints(1), "i64")
+        first = op.subtract(total, self.length)
+        rows = op.range(squeezed(first), squeezed(total), ints(1), "i64")
+        rows = op.unsqueeze(rows, ints([1]))
+        causal = op.less_equal(op.unsqueeze(columns, ints([0])), rows)
+        itself = op.equal(op.unsqueeze(columns, ints([0])), rows)
+        tokens = op.convert(op.unsqueeze(given, ints([1, 2])), "boolean")
+        allowed = op.logical_or(op.logical_and(causal, tokens), itself)
+        return op.select(allowed, scalar(0.0), scalar(MASKED)).output(0)
