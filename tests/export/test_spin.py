@@ -56,42 +56,58 @@ def sequence(config: DecoderConfig, rows: int) -> tuple[torch.Tensor, torch.Tens
     return ids, image
 
 
-class OpenVino:
-    """One infer request, fed as a runtime would."""
+class Caller:
+    """Feeds a graph as a runtime would, and keeps the mask of all columns so far."""
 
-    def __init__(self, config: DecoderConfig, weights: WeightStore) -> None:
-        model = build_openvino(config, weights)
-        self.compiled = ov.Core().compile_model(model, "CPU", PRECISE)
-        self.request = self.compiled.create_infer_request()
-        self.names = {name for port in model.inputs for name in port.get_names()}
+    def __init__(self) -> None:
         self.mask: np.ndarray | None = None
 
     def __call__(
         self,
-        ids: torch.Tensor,
+        given: torch.Tensor,
         image: torch.Tensor,
         mask: torch.Tensor | None = None,
         beam: list[int] | None = None,
     ) -> np.ndarray:
-        new = np.ones(ids.shape[:2], np.int64) if mask is None else mask.numpy()
-        rows = list(range(len(ids))) if beam is None else beam
+        """Logits of the last position `[B, V]`, after ids `[B, T]` or embeddings `[B, T, D]`."""
+        new = np.ones(given.shape[:2], np.int64) if mask is None else mask.numpy()
+        rows = list(range(len(given))) if beam is None else beam
         before = new[:, :0] if self.mask is None else self.mask[rows]
         self.mask = np.concatenate((before, new), axis=1)
         feed = {
-            "input_ids": ids.numpy(),
-            "inputs_embeds": ids.numpy(),
+            "input_ids": given.numpy(),
+            "inputs_embeds": given.numpy(),
             "attention_mask": self.mask,
-            "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
+            "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -given.shape[1] :],
             "spin_image_mask": image.long().numpy(),
             "beam_idx": np.array(rows, np.int32),
         }
+        return self.called(feed)
+
+    def called(self, feed: dict[str, np.ndarray]) -> np.ndarray:
+        """The engine's part; `feed` has more than the graph reads."""
+        raise NotImplementedError
+
+
+class OpenVino(Caller):
+    """One infer request."""
+
+    def __init__(self, config: DecoderConfig, weights: WeightStore) -> None:
+        super().__init__()
+        model = build_openvino(config, weights)
+        self.compiled = ov.Core().compile_model(model, "CPU", PRECISE)
+        self.request = self.compiled.create_infer_request()
+        self.names = {name for port in model.inputs for name in port.get_names()}
+
+    def called(self, feed: dict[str, np.ndarray]) -> np.ndarray:
         return self.request.infer({n: feed[n] for n in self.names})["logits"][:, -1].copy()
 
 
-class Onnx:
-    """One ONNX Runtime session, fed as a runtime would; every call allocates its states."""
+class Onnx(Caller):
+    """One ONNX Runtime session; every call allocates its states."""
 
     def __init__(self, config: DecoderConfig, weights: WeightStore, ops: str) -> None:
+        super().__init__()
         with tempfile.TemporaryDirectory() as folder:
             write_onnx(config, weights, Path(folder), ops=ops)
             self.session = onnxruntime.InferenceSession(Path(folder) / "model.onnx")
@@ -100,34 +116,17 @@ class Onnx:
         self.records = state_records(config)
         self.one_row = ops == "contrib"  # GroupQueryAttention takes later blocks row by row
         self.states: dict[str, np.ndarray] = {}
-        self.mask: np.ndarray | None = None
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        image: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        beam: list[int] | None = None,
-    ) -> np.ndarray:
-        new = np.ones(ids.shape[:2], np.int64) if mask is None else mask.numpy()
-        rows = list(range(len(ids))) if beam is None else beam
-        before = new[:, :0] if self.mask is None else self.mask[rows]
-        self.mask = np.concatenate((before, new), axis=1)
-        feed = {
-            "input_ids": ids.numpy(),
-            "inputs_embeds": ids.numpy(),
-            "attention_mask": self.mask,
-            "position_ids": np.maximum(self.mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
-            "spin_image_mask": image.long().numpy(),
-        }
+    def called(self, feed: dict[str, np.ndarray]) -> np.ndarray:
+        batch, length = feed["input_ids"].shape[:2]
         for record in self.records:
-            empty = np.zeros(state_shape(record, "onnx", len(ids), 0), np.float32)
+            empty = np.zeros(state_shape(record, "onnx", batch, 0), np.float32)
             past = self.states.get(record.onnx[1])
-            feed[record.onnx[0]] = empty if past is None else past[rows]
-        feed = {name: array for name, array in feed.items() if name in self.inputs}
-        apart = self.one_row and ids.shape[1] > 1 and bool(self.states)
-        parts = [slice(i, i + 1) for i in range(len(ids))] if apart else [slice(None)]
-        found = [self.session.run(self.outputs, {n: x[p] for n, x in feed.items()}) for p in parts]
+            feed[record.onnx[0]] = empty if past is None else past[feed["beam_idx"]]
+        read = {name: array for name, array in feed.items() if name in self.inputs}
+        apart = self.one_row and length > 1 and bool(self.states)
+        parts = [slice(i, i + 1) for i in range(batch)] if apart else [slice(None)]
+        found = [self.session.run(self.outputs, {n: x[p] for n, x in read.items()}) for p in parts]
         joined = [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
         self.states = dict(zip(self.outputs, joined, strict=True))
         return self.states["logits"][:, -1]
