@@ -60,8 +60,8 @@ class HeadGateWriter:
     def gated(self, y: str, mass: str, name: str) -> str:
         """Heads `[B, T, H, d]`, turned down where their `mass [B, T, H, 1]` asks for it."""
         node = functools.partial(self._file.node, name=f"{name}.spin")
-        chosen = self._by_topk(mass, name) if self._spin.lowering == "topk" else None
-        chosen = chosen or self._by_rank(mass, name)
+        choose = self._by_topk if self._spin.lowering == "topk" else self._by_rank
+        chosen = choose(mass, name)
         spared = node("Or", [chosen, node("Not", [self._gate(mass, name)])])
         values = [self._file.constant(np.float32(x), "spin.factor") for x in (1, self._spin.alpha)]
         return node("Mul", [y, node("Where", [spared, *values])])

@@ -41,16 +41,13 @@ class Vocabulary:
     def mentions(self, text: str) -> list[str]:
         """The objects that a text names, in order, each as often as it does."""
         words = [word.lower() for word in WORD.findall(text)]
+        reach = max(map(len, self.objects))
         found, at = [], 0
         while at < len(words):
-            size, name = self._longest(words[at : at + self._reach])
+            size, name = self._longest(words[at : at + reach])
             found += [] if name is None else [name]
             at += size
         return found
-
-    @property
-    def _reach(self) -> int:
-        return max(map(len, self.objects))
 
     def _longest(self, words: list[str]) -> tuple[int, str | None]:
         """How many of the first words are one term, and its object; one word that is none."""

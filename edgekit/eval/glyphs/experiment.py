@@ -54,12 +54,13 @@ class Scenes:
         return chair([said(c, d) for c, d in zip(captions, self.drawn, strict=True)])
 
 
-def chosen_settings(model: Model, scenes: Scenes, score: str, progress: Progress) -> SpinConfig:
-    """The settings with the fewest absent objects whose F1 is at least the plain model's.
+def chosen_settings(
+    model: Model, scenes: Scenes, baseline: Chair, score: str, progress: Progress
+) -> SpinConfig:
+    """The settings with the fewest absent objects whose F1 is at least `baseline`'s.
 
     Where none is, those with the best F1.
     """
-    baseline = scenes.score(spun_captions(model, scenes.pixels, Method()))
     grid = list(itertools.product(SUPPRESS, ALPHAS, LAYERS))
     found: list[tuple[tuple[bool, float], SpinConfig]] = []
     for number, (suppress, alpha, layers) in enumerate(grid):
@@ -81,7 +82,10 @@ def measured(model: Model, *, seed: int, scenes: int, progress: Progress) -> dic
         progress: called with a step's name, its number and the count of steps.
     """
     validation, test = Scenes.of(VALIDATION, scenes), Scenes.of(TEST, scenes)
-    mass, logit = (chosen_settings(model, validation, s, progress) for s in ("mass", "logit"))
+    plain = validation.score(spun_captions(model, validation.pixels, Method()))
+    mass, logit = (
+        chosen_settings(model, validation, plain, s, progress) for s in ("mass", "logit")
+    )
     methods = {"baseline": Method(), "mass": Method(spin=mass), "logit": Method(spin=logit)}
     methods |= {c: Method(spin=mass, control=c, seed=seed) for c in CONTROLS}
     results = {}

@@ -5,6 +5,7 @@ pixels in its colour, to a cell of its own. A caption is `BOS WITH o1 AND o2 ...
 objects of the theme that most are of, so that its beginning tells what is likely to follow.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,7 @@ def picture(rng: np.random.Generator, drawn: Sequence[int]) -> Floats:
     return pixels.astype(np.float32)
 
 
+@functools.cache
 def _looks() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Glyphs `[OBJECTS, 8, 8]` of 0 and 1, and colours `[OBJECTS, 3]`, the same for everyone."""
     rng = np.random.default_rng(GLYPH_SEED)
