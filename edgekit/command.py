@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 
-__all__ = ["Told", "guarded", "numbers", "setting", "whole"]
+__all__ = ["Told", "guarded", "module_parser", "numbers", "setting", "whole"]
 
 SECONDS = 10.0  # between two lines
 
@@ -47,6 +47,16 @@ def guarded(name: str, work: Callable[[], str]) -> int:
         print(f"{name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def module_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser for `python -m module`, whose help is the module's own `doc` as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def setting(text: str) -> tuple[str, Any]:

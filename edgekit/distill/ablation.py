@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgekit.command import Told, guarded, numbers, setting
+from edgekit.command import Told, guarded, module_parser, numbers, setting
 from edgekit.config import dump
 from edgekit.distill import checkpoint
 from edgekit.distill.ablation_plot import draw_ablation
@@ -161,12 +161,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgekit.distill.ablation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("edgekit.distill.ablation", __doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="the teacher")
     add("-o", "--output", type=Path, required=True, metavar="DIR")

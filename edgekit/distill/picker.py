@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edgekit.command import Told, guarded
+from edgekit.command import Told, guarded, module_parser
 from edgekit.config import dump
 from edgekit.distill.layer_choice import Choice, Restored, pick_layers
 from edgekit.distill.processes import Processes
@@ -123,12 +123,7 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgekit.distill.picker",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("edgekit.distill.picker", __doc__)
     add = parser.add_argument
     add("student", metavar="STUDENT", help="a directory, or the name of one that ships")
     add("--text", type=Path, required=True, metavar="FILE", help="held-out text")

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit.command import Told, guarded, numbers
+from edgekit.command import Told, guarded, module_parser, numbers
 from edgekit.config import dump
 from edgekit.data.needles import KINDS
 from edgekit.errors import UsageError
@@ -88,12 +88,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgekit.eval.table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("edgekit.eval.table", __doc__)
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="NAME=SPEC", help="once per row")
     add("--task", type=_tasks, required=True, metavar="TASK,TASK", help=", ".join(TASKS))

@@ -29,7 +29,7 @@ from edgekit.adapters.tune.scoring import (
     read_examples,
     score,
 )
-from edgekit.command import Told, guarded
+from edgekit.command import Told, guarded, module_parser
 from edgekit.config import dump
 from edgekit.data.tuning_tasks import LABELS, TASKS, Example
 from edgekit.errors import UsageError
@@ -201,12 +201,7 @@ def _made(args: argparse.Namespace, command: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgekit.adapters.tune.deployed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("edgekit.adapters.tune.deployed", __doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="what the adapter was tuned on")
     add("adapter", type=Path, metavar="ADAPTER")

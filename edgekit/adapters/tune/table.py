@@ -19,7 +19,7 @@ from edgekit.adapters.tune.benchmark import RATES, Benchmark, measure
 from edgekit.adapters.tune.model import open_base
 from edgekit.adapters.tune.recipe import METHODS
 from edgekit.adapters.tune.report import as_markdown, draw_table, rows_of
-from edgekit.command import Told, guarded, numbers, setting
+from edgekit.command import Told, guarded, module_parser, numbers, setting
 from edgekit.config import dump
 from edgekit.data.tuning_tasks import TASKS, build_tasks
 from edgekit.models.precision import choose_precision
@@ -84,12 +84,7 @@ def _benchmark(args: argparse.Namespace) -> Benchmark:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgekit.adapters.tune.table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("edgekit.adapters.tune.table", __doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a model as for `edgekit tune`, or a student")
     add("--student", metavar="NAME|DIR", help="tune this student of SOURCE")

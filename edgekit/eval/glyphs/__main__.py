@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import LlavaForConditionalGeneration
 
-from edgekit.command import Told, guarded, numbers
+from edgekit.command import Told, guarded, module_parser, numbers
 from edgekit.config import dump
 from edgekit.errors import UsageError
 from edgekit.eval.glyphs.experiment import measured
@@ -113,12 +113,7 @@ def _settings(spin: dict[str, Any] | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m edgekit.eval.glyphs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = module_parser("edgekit.eval.glyphs", __doc__)
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="DIR")
     add("--seeds", type=numbers, default=(0, 1, 2), metavar="N,N")
