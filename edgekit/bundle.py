@@ -29,6 +29,7 @@ __all__ = [
     "Manifest",
     "ModelFacts",
     "StateRecord",
+    "VisionFacts",
     "check_files",
     "describe_files",
     "read_manifest",
@@ -52,6 +53,18 @@ PARTIAL, OLD = ".edgekit-partial", ".edgekit-old"  # endings of siblings that li
 ENGINE_FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
     "onnx": ("model.onnx", "model.onnx.data"),
+}
+VISION_ENGINE_FILES = {  # of a vision-language model: the language, its token table, the pictures
+    "openvino": tuple(
+        f"openvino_{part}_model.{ending}"
+        for part in ("language", "text_embeddings", "vision_embeddings")
+        for ending in ("xml", "bin")
+    ),
+    "onnx": tuple(
+        f"{part}.onnx{ending}"
+        for part in ("model", "embedding", "vision")
+        for ending in ("", ".data")
+    ),
 }
 
 
@@ -104,10 +117,34 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionFacts:
+    """How a picture comes into a prompt.
+
+    Attributes:
+        family: of the whole model, such as `llava`; the decoder's own is in `ModelFacts`.
+        image_token_id: stands for one embedding of a picture among token ids.
+        image_token: the same as text.
+        tokens: embeddings of one picture.
+        placeholder: stands for a picture in a prompt and in what the chat template writes.
+        before: text that comes before the image tokens when they replace a placeholder.
+        after: text that comes after them.
+    """
+
+    family: str
+    image_token_id: int
+    image_token: str
+    tokens: int
+    placeholder: str
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The contents of `edgekit.json`.
 
-    `adapter_slots` has `(out, in)` of each module that takes adapters at run time.
+    `adapter_slots` has `(out, in)` of each module that takes adapters at run time; `vision` is None
+    for a model that reads no pictures.
     """
 
     format_version: int
@@ -123,6 +160,11 @@ class Manifest:
     files: dict[str, FileRecord]
     verification: dict[str, Any] = field(default_factory=dict)
     adapter_slots: dict[str, tuple[int, int]] = field(default_factory=dict)
+    vision: VisionFacts | None = None
+
+    def engine_files(self, engine: str) -> tuple[str, ...]:
+        """The graphs and weights of one engine, those that may not be there included."""
+        return (ENGINE_FILES if self.vision is None else VISION_ENGINE_FILES)[engine]
 
     @property
     def fingerprint(self) -> str:

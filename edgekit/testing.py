@@ -8,7 +8,7 @@ Example:
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ __all__ = [
     "scrambled_decoder",
     "write_tiny_checkpoint",
     "write_tiny_student",
+    "write_tiny_tokenizer",
 ]
 
 # RMS(error) / RMS(reference) that two correct computations in this dtype stay below.
@@ -123,7 +124,7 @@ def write_tiny_checkpoint(
         bos_token_id=1, eos_token_id=2, pad_token_id=2
     )
     model.save_pretrained(directory, max_shard_size=max_shard_size)
-    _write_tiny_tokenizer(directory)
+    write_tiny_tokenizer(directory)
     return directory
 
 
@@ -145,8 +146,16 @@ def _randomise(model: torch.nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape) / parameter.shape[1] ** 0.5)
 
 
-def _write_tiny_tokenizer(directory: Path) -> None:
-    """A byte-level BPE with single digits and the ChatML markers, in Hugging Face's files."""
+def write_tiny_tokenizer(
+    directory: Path, *, added: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE
+) -> None:
+    """A byte-level BPE with single digits and the ChatML markers, in Hugging Face's files.
+
+    Args:
+        directory: where they go.
+        added: special tokens with the last ids of the 320.
+        chat_template: of Jinja.
+    """
     from tokenizers import (
         AddedToken,
         Tokenizer,
@@ -166,12 +175,13 @@ def _write_tiny_tokenizer(directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
     trainer = trainers.BpeTrainer(
-        vocab_size=TINY_SIZES["vocab_size"],
+        vocab_size=TINY_SIZES["vocab_size"] - len(added),
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -183,7 +193,7 @@ def _write_tiny_tokenizer(directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(chat_template)
 
 
 Array = torch.Tensor | npt.NDArray[Any]

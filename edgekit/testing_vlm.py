@@ -8,19 +8,51 @@ Example:
 """
 
 import importlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgekit.errors import UsageError
+from edgekit.testing import write_tiny_tokenizer
 
-__all__ = ["TINY_VLMS", "TinyVlm", "tiny_vlm"]
+__all__ = ["TINY_VLMS", "TinyVlm", "tiny_vlm", "write_tiny_vlm"]
 
 IMAGE, VOCABULARY, SIDE, PATCH = 300, 320, 32, 8  # token id; tokens; pixels
 PAD, BOS, EOS, VISION_START, VISION_END = 0, 1, 2, 301, 302
 PATCHES = (SIDE // PATCH) ** 2
+# Special tokens from `IMAGE` on, up to the vocabulary's end.
+MARKERS = (
+    "<image>",
+    "<vision_start>",
+    "<vision_end>",
+    "<fake_token_around_image>",
+    "<global-img>",
+)
+ADDED = (*MARKERS, *(f"<spare_{i}>" for i in range(VOCABULARY - IMAGE - len(MARKERS))))
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PROCESSOR: Mapping[str, Any] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": SIDE},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": SIDE, "width": SIDE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48, 0.46, 0.41],
+    "image_std": [0.27, 0.26, 0.28],
+}
 TEXT: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -121,6 +153,25 @@ def tiny_vlm(family: str, *, seed: int = 0) -> TinyVlm:
             if parameter.ndim > 1:
                 parameter.data.mul_(4.0)
     return TinyVlm(family=family, model=model, tokens=tokens, pixels=pixels)
+
+
+def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
+    """Write a random model as a Hugging Face checkpoint with a tokenizer and an image processor.
+
+    Args:
+        directory: made here.
+        family: of `TINY_VLMS`.
+        seed: of its weights.
+
+    Returns:
+        The model that was written.
+    """
+    vlm = tiny_vlm(family, seed=seed)
+    vlm.model.save_pretrained(directory)
+    write_tiny_tokenizer(directory, added=ADDED, chat_template=CHAT_TEMPLATE)
+    text = json.dumps(PROCESSOR, indent=2)
+    (directory / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
+    return vlm
 
 
 Parts = tuple[str, Any, int, Callable[[int], dict[str, torch.Tensor]]]

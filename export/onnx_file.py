@@ -1,6 +1,6 @@
 """An ONNX model under construction: nodes in memory, weights streamed to a data file beside it.
 
-A weight is appended to `model.onnx.data` as soon as it is given and only its place is remembered,
+A weight is appended to the data file as soon as it is given and only its place is remembered,
 so the memory needed is that of one tensor. Small constants stay inside the protobuf, where shape
 inference sees them.
 """
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 class OnnxFile:
-    """Writes `{directory}/model.onnx` and `{directory}/model.onnx.data`; use it in a `with` block.
+    """Writes `{directory}/{name}` and `{directory}/{name}.data`; use it in a `with` block.
 
     Example:
         >>> with OnnxFile(out) as file:                                    # doctest: +SKIP
@@ -34,10 +34,10 @@ class OnnxFile:
         ...     file.nodes("Mul", ["x", file.constant(np.float32(2))], "double", [y])
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, name: str = "model.onnx") -> None:
         """Create the data file in `directory`, which must exist."""
-        self._path = directory / "model.onnx"
-        self._data = (directory / "model.onnx.data").open("wb")
+        self._path = directory / name
+        self._data = (directory / f"{name}.data").open("wb")
         self._nodes: list[onnx.NodeProto] = []
         self._tensors: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []

@@ -23,7 +23,7 @@ from edgekit.export.to_openvino import build_openvino
 from edgekit.models.config import DecoderConfig
 from edgekit.models.weights import WeightStore
 
-__all__ = ["save_ir", "write_openvino"]
+__all__ = ["compress_to_int8", "save_ir", "write_openvino"]
 
 NEVER_QUANTISED = [
     ".*self_attn\\.(gate_down|gate_up|feature_map|conv_q|conv_k).*",
@@ -44,7 +44,9 @@ def write_openvino(
     calibration: np.ndarray | None = None,
     side: SidePaths = NO_SIDE_PATHS,
 ) -> None:
-    """Write `openvino_model.xml` and `.bin` into the directory `out`.
+    """Write the decoder's graph, `.xml` and `.bin`, into the directory `out`.
+
+    It is `openvino_model`, or `openvino_language_model` where it reads embeddings.
 
     Args:
         config: the decoder.
@@ -59,6 +61,7 @@ def write_openvino(
         OSError: if the disk is full.
         BundleError: if OpenVINO cannot write it for another reason.
     """
+    file = "openvino_model.xml" if config.reads == "tokens" else "openvino_language_model.xml"
     model = build_openvino(config, weights, half=weights_format == "fp16", side=side)
     if weights_format in ("int8", "int4"):
         settings = _settings(weights_format, group_size, _batches(config, calibration))
@@ -67,7 +70,12 @@ def write_openvino(
         _compress(model, settings)
     if weights_format == "fp32":
         model.set_rt_info("f32", ["runtime_options", "KV_CACHE_PRECISION"])
-    save_ir(model, out / "openvino_model.xml")
+    save_ir(model, out / file)
+
+
+def compress_to_int8(model: ov.Model) -> None:
+    """Round every weight to 8 bits, in place; in int4 bundles too, what is no decoder layer."""
+    _compress(model, _settings("int8", 0, []))
 
 
 def _compress(model: ov.Model, settings: dict[str, Any]) -> None:
@@ -122,8 +130,13 @@ def _inputs(config: DecoderConfig, ids: np.ndarray) -> dict[str, np.ndarray]:
     return feed
 
 
-def save_ir(model: ov.Model, path: Path) -> None:
-    """Write `path` (.xml) and the .bin beside it, constants in the precision that they have.
+def save_ir(model: ov.Model, path: Path, *, half: bool = False) -> None:
+    """Write `path` (.xml) and the .bin beside it.
+
+    Args:
+        model: renumbered; it goes on to be usable.
+        path: of the .xml.
+        half: store fp32 constants in 16 bits; otherwise they keep the precision that they have.
 
     Raises:
         OSError: if the disk is full.
@@ -131,7 +144,7 @@ def save_ir(model: ov.Model, path: Path) -> None:
     """
     _number_afresh(model)
     try:
-        ov.save_model(model, path, compress_to_fp16=False)
+        ov.save_model(model, path, compress_to_fp16=half)
     except RuntimeError as cause:
         _raise_reason(path)
         raise BundleError(f"{path.name}: OpenVINO could not write it ({cause})") from cause

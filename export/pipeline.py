@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgekit import __version__
 from edgekit.bundle import (
-    ENGINE_FILES,
     FORMAT_VERSION,
     Manifest,
     ModelFacts,
+    VisionFacts,
     describe_files,
     staged,
     write_manifest,
@@ -27,10 +28,14 @@ from edgekit.export.plan import Plan, check_choices, make_plan
 from edgekit.export.side_paths import slot_shapes
 from edgekit.export.states import input_names, state_records
 from edgekit.export.verify import Verification, bounds_for, verification_tokens, verify_engine
+from edgekit.models.spin import SpinConfig
 from edgekit.sources import open_source
 from edgekit.sources.adapted import LiNeS
 from edgekit.sources.adapters import AdapterChoice, parse_choice
 from edgekit.targets.schema import ENGINES
+
+if TYPE_CHECKING:
+    from edgekit.export.vision import VisionSide
 
 __all__ = ["ConvertReport", "convert"]
 
@@ -89,6 +94,7 @@ def convert(
     lines: tuple[float, float] | None = None,
     untie: bool = False,
     adapter_slots: str | Sequence[str] = (),
+    spin: SpinConfig | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -116,6 +122,7 @@ def convert(
         untie: where an adapter changes a head that is the embedding too, give it its own.
         adapter_slots: linear layers that take adapters at run time: `all`, or names such as
             `q_proj`, patterns of module paths, and directories of adapters.
+        spin: heads of a vision-language model to turn down by how far they look at the picture.
         verify: compare both engines with PyTorch, and fail above `verify.bounds_for`.
         force: replace an existing bundle at `out`.
         progress: called with the step's name, its number and the count of steps.
@@ -170,15 +177,17 @@ def convert(
             lines=factors,
             untie=untie,
             adapter_slots=adapter_slots,
+            spin=spin,
         )
         tell = _teller(plan.progress_steps(verify), progress)
+        side = _vision(plan)
         fidelity = _fidelity(plan, tell)
-        manifest = _write(plan, work, fidelity, tell)
+        manifest = _write(plan, side, work, fidelity, tell)
         write_peak = _peak_rss()
-        results = _verify(plan, work, tell) if verify else {}
+        results = _verify(plan, side, work, tell) if verify else {}
         tell("checksums")
         write_manifest(work, replace(manifest, verification=dump(results)))
-        sizes = {e: _model_bytes(work, e) for e in plan.formats}
+        sizes = {e: _model_bytes(work, manifest, e) for e in plan.formats}
     return ConvertReport(
         out=Path(out),
         seconds=time.perf_counter() - started,
@@ -227,26 +236,47 @@ def _warnings(fidelity: tuple[Fidelity, ...]) -> list[str]:
     ]
 
 
+def _vision(plan: Plan) -> "VisionSide | None":
+    if plan.source.vision is None:
+        return None
+    from edgekit.export.vision import open_vision
+
+    return open_vision(plan.source)
+
+
 def _write(
-    plan: Plan, work: Path, fidelity: tuple[Fidelity, ...], tell: Callable[[str], None]
+    plan: Plan,
+    side: "VisionSide | None",
+    work: Path,
+    fidelity: tuple[Fidelity, ...],
+    tell: Callable[[str], None],
 ) -> Manifest:
     tell("tokenizer")
     text_files.write_configs(plan.source, plan.config, work)
     text_files.write_tokenizer(plan.source, work)
+    facts = None if side is None else _write_processor(plan, side, work)
     for engine in plan.formats:
         tell(f"write {engine}")
-        (_write_openvino if engine == "openvino" else _write_onnx)(plan, work)
-    manifest = _manifest(plan, work, fidelity)
+        (_write_openvino if engine == "openvino" else _write_onnx)(plan, side, work)
+    manifest = _manifest(plan, work, fidelity, facts)
     write_manifest(work, manifest)
     return manifest
 
 
-def _write_openvino(plan: Plan, work: Path) -> None:
+def _write_processor(plan: Plan, side: "VisionSide", work: Path) -> VisionFacts:
+    from edgekit.export.vision_files import vision_facts, write_processor
+
+    write_processor(plan.source, work)
+    return vision_facts(plan.source, side, work)
+
+
+def _write_openvino(plan: Plan, side: "VisionSide | None", work: Path) -> None:
     from edgekit.export.openvino_file import write_openvino
 
+    config = plan.config_for("openvino")
     text_files.write_tokenizer_ir(work)
     write_openvino(
-        plan.config,
+        config,
         plan.weights,
         work,
         weights_format=plan.weights_format,
@@ -254,6 +284,10 @@ def _write_openvino(plan: Plan, work: Path) -> None:
         calibration=_calibration_tokens(plan, work),
         side=plan.side,
     )
+    if side is not None:
+        from edgekit.export.vision_files import write_openvino_vision
+
+        write_openvino_vision(side, config, plan.weights, work, weights_format=plan.weights_format)
 
 
 def _calibration_tokens(plan: Plan, work: Path) -> np.ndarray | None:
@@ -263,27 +297,41 @@ def _calibration_tokens(plan: Plan, work: Path) -> np.ndarray | None:
     return np.array(ids, dtype=np.int64)
 
 
-def _write_onnx(plan: Plan, work: Path) -> None:
+def _write_onnx(plan: Plan, side: "VisionSide | None", work: Path) -> None:
     from edgekit.export.to_onnx import write_onnx
 
+    config = plan.config_for("onnx")
     write_onnx(
-        plan.config,
+        config,
         plan.weights,
         work,
         weights_format=plan.weights_format,
         ops=plan.onnx_ops,
         side=plan.side,
     )
+    if side is not None:
+        from edgekit.export.vision_files import write_onnx_vision
+
+        write_onnx_vision(
+            side,
+            config,
+            plan.weights,
+            work,
+            weights_format=plan.weights_format,
+            contrib=plan.onnx_ops == "contrib",
+        )
 
 
-def _verify(plan: Plan, work: Path, tell: Callable[[str], None]) -> dict[str, Verification]:
+def _verify(
+    plan: Plan, side: "VisionSide | None", work: Path, tell: Callable[[str], None]
+) -> dict[str, Verification]:
     ids = verification_tokens(_encoder(work), plan.config.context_limit)
     bounds = bounds_for(plan.weights_format, trained=plan.trained)
+    weights = plan.weights if plan.reference is None else plan.reference
     results = {}
     for engine in plan.formats:
         tell(f"verify {engine}")
-        weights = plan.weights if plan.reference is None else plan.reference
-        results[engine] = verify_engine(work, engine, ids, plan.config, weights, bounds)
+        results[engine] = verify_engine(work, engine, ids, plan.config, weights, bounds, side)
     return results
 
 
@@ -294,7 +342,9 @@ def _encoder(work: Path) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _manifest(plan: Plan, work: Path, fidelity: tuple[Fidelity, ...]) -> Manifest:
+def _manifest(
+    plan: Plan, work: Path, fidelity: tuple[Fidelity, ...], vision: VisionFacts | None
+) -> Manifest:
     config = plan.config
     facts = ModelFacts(
         family=config.family,
@@ -319,6 +369,7 @@ def _manifest(plan: Plan, work: Path, fidelity: tuple[Fidelity, ...]) -> Manifes
         versions=_versions(),
         files=describe_files(work),
         adapter_slots=slot_shapes(plan.side, plan.weights),
+        vision=vision,
     )
 
 
@@ -332,8 +383,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _model_bytes(work: Path, engine: str) -> int:
-    files = (work / name for name in ENGINE_FILES[engine])
+def _model_bytes(work: Path, manifest: Manifest, engine: str) -> int:
+    files = (work / name for name in manifest.engine_files(engine))
     return sum(path.stat().st_size for path in files if path.is_file())
 
 

@@ -20,6 +20,7 @@ from edgekit.export.side_paths import (
 from edgekit.mixers.base import mixer_type
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import with_fresh_mixers
+from edgekit.models.spin import SpinConfig
 from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
 from edgekit.sources.adapted import AdaptedStore, LiNeS, adapted
@@ -94,6 +95,14 @@ class Plan:
         untrained = "The recurrent layers are not distilled: the model is fast, and talks nonsense."
         return self.source.notes if self.trained else (*self.source.notes, untrained)
 
+    def config_for(self, engine: str) -> DecoderConfig:
+        """The decoder as one engine's graph has it.
+
+        OpenVINO GenAI has no input for where pictures lie, so there the embeddings say it.
+        """
+        flagged = engine == "openvino" and self.config.spin is not None
+        return replace(self.config, image_flag=flagged)
+
     def progress_steps(self, verify: bool) -> list[str]:
         """What the progress bar counts."""
         writing = [f"write {engine}" for engine in self.formats]
@@ -115,6 +124,8 @@ class Plan:
         if not self.trained:
             options = {n: dump(getattr(self.config, n)) for n in OPTIONS if n in self.config.mixers}
             steps.append({"step": "mixers", "trained": False, **options})
+        if self.config.spin is not None:
+            steps.append({"step": "spin", **dump(self.config.spin)})
         if self.side.slots:
             steps.append({"step": "adapter slots", "modules": len(self.side.slots)})
         steps.append({"step": "weights", "format": self.weights_format})
@@ -242,6 +253,7 @@ def make_plan(
     lines: LiNeS | None = None,
     untie: bool = False,
     adapter_slots: str | Sequence[str] = (),
+    spin: SpinConfig | None = None,
 ) -> Plan:
     """Fit checked choices to a source.
 
@@ -254,6 +266,9 @@ def make_plan(
     chosen = weights or profile.weights
     if calibration and (chosen != "int4" or "openvino" not in formats):
         raise UsageError("a calibration text serves int4 weights of the openvino format only")
+    if calibration and source.vision is not None:
+        raise UsageError("a calibration text serves models that read text alone; leave it out")
+    source = replace(source, config=_seeing(source, spin))
     opened = None if student is None else read_student(student)
 
     def mixed(model: Source) -> tuple[DecoderConfig, WeightStore]:
@@ -290,6 +305,17 @@ def make_plan(
         calibration=_read_text(Path(calibration)) if calibration else None,
         student=opened,
     )
+
+
+def _seeing(source: Source, spin: SpinConfig | None) -> DecoderConfig:
+    """The decoder's configuration, with what pictures ask of it."""
+    if source.vision is not None:
+        return replace(source.config, reads="embeddings", spin=spin)
+    if spin is not None:
+        raise UsageError(
+            f"spin given for {source.name}, which reads no pictures; give a vision-language model"
+        )
+    return source.config
 
 
 def _side_paths(

@@ -9,6 +9,7 @@ from edgekit.config import dump
 from edgekit.errors import SourceError
 from edgekit.models.config import DecoderConfig
 from edgekit.sources import Source
+from edgekit.sources.quiet import quiet_transformers
 
 __all__ = ["write_configs", "write_tokenizer", "write_tokenizer_ir"]
 
@@ -53,18 +54,15 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer, logging
+    from transformers import AutoTokenizer
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it tells of every form that it tried; the error below is enough
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        with quiet_transformers():  # it tells of every form that it tried
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ImportError, OSError, ValueError) as cause:
         raise SourceError(
             f"{directory}: no usable tokenizer ({cause}); add tokenizer.json"
         ) from cause
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def write_tokenizer_ir(out: Path) -> None:

@@ -1,8 +1,9 @@
 """Write a decoder as ONNX: `model.onnx` and `model.onnx.data`, and `genai_config.json` beside them.
 
-Inputs: `input_ids` int64 `[B, T]`, `attention_mask` int64 `[B, S]` over everything so far,
-`position_ids` int64 `[B, T]` if a layer reads positions, the states, and an optional
-`logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of `onnx_side.py`.
+Inputs: `input_ids` int64 `[B, T]` or `inputs_embeds` fp32 `[B, T, D]`, `attention_mask` int64 `[B,
+S]` over everything so far, `position_ids` int64 `[B, T]` if a layer reads positions, the states,
+and an optional `logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of
+`onnx_side.py`.
 Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, and the states
 after, under the names of `states.state_records`.
 """
@@ -35,7 +36,7 @@ def write_onnx(
     ops: str = "contrib",
     side: SidePaths = NO_SIDE_PATHS,
 ) -> None:
-    """Write `out/model.onnx`, `out/model.onnx.data` and `out/genai_config.json`.
+    """Write `out/model.onnx`, `out/model.onnx.data` and, for token ids, `out/genai_config.json`.
 
     Args:
         config: the decoder.
@@ -60,4 +61,5 @@ def write_onnx(
         contrib = ops == "contrib"
         writer = LinearWriter(file, weights, weights_format, contrib=contrib)
         describe_decoder(GRAPHS[ops](file, writer, config, side), config)
-    write_genai_config(config, out, shared_cache=contrib)
+    if config.reads == "tokens":
+        write_genai_config(config, out, shared_cache=contrib)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from edgekit import runtime
 from edgekit.errors import SourceError, VerificationError
@@ -20,10 +22,14 @@ from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import streamed_logits
 from edgekit.models.weights import WeightStore
 
+if TYPE_CHECKING:
+    from edgekit.export.vision import VisionSide
+
 __all__ = ["Bounds", "Verification", "bounds_for", "verification_tokens", "verify_engine"]
 
 PROMPT_TOKENS = 512
 DECODE_STEPS = 32
+PICTURE_TOKENS = 32  # of text around the picture
 SLICE = 64
 
 
@@ -78,6 +84,7 @@ class Verification:
         argmax_agreement: share of positions with the same most likely token.
         greedy_equal: greedy tokens, of `decode_steps`, that the reference would have chosen too.
         rounding: max |fp32 - fp64| of the reference itself; measured only if `max_abs` asks for it.
+        pictures: the same two figures with a picture in the prompt; None: the model reads none.
     """
 
     engine: str
@@ -89,6 +96,22 @@ class Verification:
     argmax_agreement: float
     greedy_equal: int
     rounding: float | None = None
+    pictures: "PictureVerification | None" = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureVerification:
+    """How far a bundle is from PyTorch on a prompt with a picture, of random pixels.
+
+    Attributes:
+        features: largest |difference| of the picture's embeddings over the largest of them.
+        max_abs: largest |difference| of any logit of the prompt.
+        kl: mean KL(reference || bundle), nats per token.
+    """
+
+    features: float
+    max_abs: float
+    kl: float
 
 
 def verification_tokens(encode: Callable[[str], list[int]], limit: int | None) -> np.ndarray:
@@ -112,8 +135,18 @@ def verify_engine(
     config: DecoderConfig,
     weights: WeightStore,
     bounds: Bounds,
+    side: "VisionSide | None" = None,
 ) -> Verification:
     """Run one engine against the reference.
+
+    Args:
+        bundle: its directory.
+        engine: `openvino` or `onnx`.
+        ids: of `verification_tokens`.
+        config: the decoder.
+        weights: its tensors.
+        bounds: what is allowed.
+        side: what reads pictures for it, if anything does.
 
     Raises:
         VerificationError: if a bound is exceeded.
@@ -137,8 +170,46 @@ def verify_engine(
     if bounds.max_abs is not None and result.max_abs > bounds.max_abs:
         exact = streamed_logits(config, weights, sequence, dtype=torch.float64)[0]
         result = replace(result, rounding=float((exact - reference).abs().max()))
+    if side is not None:
+        seen = _verify_pictures(bundle, engine, ids[:PICTURE_TOKENS], config, weights, side)
+        result = replace(result, pictures=seen)
     _judge(result, bounds)
     return result
+
+
+@torch.no_grad()
+def _verify_pictures(
+    bundle: Path,
+    engine: str,
+    ids: np.ndarray,
+    config: DecoderConfig,
+    weights: WeightStore,
+    side: "VisionSide",
+) -> PictureVerification:
+    """A picture of random pixels in the middle of some text, on the bundle and in PyTorch."""
+    model = runtime.load(bundle, engine=engine, logits="all", check=False)
+    facts = model.manifest.vision
+    assert facts is not None
+    pixels = torch.randn(side.example[:1].shape, generator=torch.Generator().manual_seed(0))
+    features = side(pixels)[0]
+    seen = model.look_at(pixels.numpy())
+    half = len(ids) // 2
+    picture = np.full(facts.tokens, facts.image_token_id)
+    prompt = np.concatenate((ids[:half], picture, ids[half:]))
+    image = torch.from_numpy(prompt == facts.image_token_id)
+    table = weights.tensor("model.embed_tokens.weight")
+    given = functional.embedding(torch.from_numpy(prompt), table).float()
+    given[image] = features
+    reference = streamed_logits(config, weights, given[None], image=image[None])[0]
+    actual = torch.from_numpy(model.session().append(prompt, pictures=seen)[0])
+    return PictureVerification(
+        features=float(
+            (torch.from_numpy(seen[:, : config.hidden_size]) - features).abs().max()
+            / features.abs().max()
+        ),
+        max_abs=float((reference - actual).abs().max()),
+        kl=float(_kl(reference, actual).mean()),
+    )
 
 
 def _prefill_logits(bundle: Path, engine: str, ids: np.ndarray) -> np.ndarray:
@@ -186,10 +257,11 @@ def _judge(result: Verification, bounds: Bounds) -> None:
     allowed = {"max_abs": bounds.max_abs, "kl": bounds.kl}
     if result.rounding is not None and bounds.max_abs is not None:
         allowed["max_abs"] = max(bounds.max_abs, ROUNDING_FACTOR * result.rounding)
-    for name, bound in allowed.items():
-        value = getattr(result, name)
-        if bound is not None and value > bound:
-            raise VerificationError(
-                f"{result.engine}: {name} {value:.2e} exceeds {bound:.1e}; try a wider --weights "
-                "format, or --no-verify to write the bundle all the same"
-            )
+    for where, part in (("", result), (" with a picture", result.pictures)):
+        for name, bound in allowed.items():
+            value = 0.0 if part is None else getattr(part, name)
+            if bound is not None and not value <= bound:
+                raise VerificationError(
+                    f"{result.engine}{where}: {name} {value:.2e} exceeds {bound:.1e}; try a wider "
+                    "--weights format, or --no-verify to write the bundle all the same"
+                )

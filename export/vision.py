@@ -12,9 +12,11 @@ import openvino as ov
 import torch
 from torch import nn
 
-from edgekit.errors import UnsupportedError
+from edgekit.errors import SourceError, UnsupportedError
+from edgekit.sources import Source
+from edgekit.sources.quiet import quiet_transformers
 
-__all__ = ["FAMILIES", "VisionSide", "vision_to_onnx", "vision_to_openvino"]
+__all__ = ["FAMILIES", "VisionSide", "open_vision", "vision_to_onnx", "vision_to_openvino"]
 
 PIXELS, FEATURES = "pixel_values", "last_hidden_state"  # as other runtimes call them
 ONNX_OPSET = 18
@@ -49,10 +51,48 @@ class VisionSide(nn.Module):
         return self._call(pixels)
 
     @property
+    def tokens(self) -> int:
+        """Embeddings of one picture."""
+        with torch.no_grad():
+            return int(self(self.example).shape[1])
+
+    @property
     def example(self) -> torch.Tensor:
         """Pixels of two pictures, `[2, 3, H, W]`."""
         side = self.model.config.vision_config.image_size
         return torch.zeros(2, 3, side, side)
+
+
+def open_vision(source: Source) -> VisionSide:
+    """The vision side of a source, without the layers of its decoder.
+
+    Raises:
+        SourceError: if a tensor of the vision side is missing or has another shape.
+        UnsupportedError: for a family whose vision side is not known.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = []
+    with quiet_transformers():  # it reports every layer that was left out
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source.directory,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, found = loaded
+    wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if wrong:
+        raise SourceError(
+            f"{source.directory}: tensor {sorted(wrong)[0]!r} is missing or has another shape"
+        )
+    return VisionSide(model.eval())
 
 
 def vision_to_openvino(side: VisionSide) -> ov.Model:

@@ -64,7 +64,11 @@ class _Search:
 
 
 def beam_search(
-    session: Session, prompt: Integers, options: GenerationOptions, ends: tuple[int, ...]
+    session: Session,
+    prompt: Integers,
+    options: GenerationOptions,
+    ends: tuple[int, ...],
+    pictures: Floats | None = None,
 ) -> BeamText:
     """The best continuation of a prompt.
 
@@ -73,12 +77,13 @@ def beam_search(
         prompt: ids `[T]`.
         options: `num_beams`, `max_new_tokens` and `repetition_penalty` are read.
         ends: tokens that finish a text.
+        pictures: embeddings `[N, D]` of the prompt's image tokens.
 
     Raises:
         UsageError: if the prompt does not fit the model's context.
     """
     started, ttft = time.perf_counter(), 0.0
-    logits = session.next_logits(prompt)
+    logits = session.next_logits(prompt, None, pictures)
     search = _Search(options.num_beams, [_Beam(tokens=(), row=0, score=0.0)])
     limit = options.max_new_tokens
     if session.room is not None:

@@ -41,7 +41,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     special: Mapping[str, str],
     *,
     add_generation_prompt: bool,

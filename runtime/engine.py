@@ -17,7 +17,16 @@ from edgekit.bundle import StateRecord
 if TYPE_CHECKING:
     from edgekit.runtime.lowrank import Pair
 
-__all__ = ["Array", "Engine", "EngineRequest", "EngineSettings", "Floats", "Integers", "state_key"]
+__all__ = [
+    "Array",
+    "Engine",
+    "EngineRequest",
+    "EngineSettings",
+    "Floats",
+    "Integers",
+    "call_shape",
+    "state_key",
+]
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -49,15 +58,20 @@ class EngineRequest(Protocol):
     Not safe to use from two threads at once; several requests of one engine are.
     """
 
-    def infer(self, feeds: Mapping[str, Integers]) -> Floats:
+    def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph once and keep the state.
 
         Args:
-            feeds: the graph's integer inputs that `Engine.inputs` names, contiguous.
+            feeds: the graph's inputs that `Engine.inputs` names, contiguous; the first one is
+                `input_ids [B, T]` or `inputs_embeds [B, T, D]`.
 
         Returns:
             logits `[B, 1, V]`, or `[B, T, V]` if compiled for all; the caller's to keep.
         """
+        ...
+
+    def embed(self, ids: Integers) -> Floats:
+        """Embeddings `[B, T, D]` of `ids [B, T]`, where the graph reads them (`inputs_embeds`)."""
         ...
 
     def reset(self, batch: int) -> None:
@@ -98,6 +112,10 @@ class Engine(Protocol):
         """A new request with empty states and no adapters."""
         ...
 
+    def look(self, pixels: Floats) -> Floats:
+        """Embeddings `[N, tokens, D]` of pictures `[N, 3, H, W]`, where the bundle reads them."""
+        ...
+
     def lowered(self, pairs: "Mapping[str, Pair]") -> Any:
         """Adapters by module as this engine wants them, for any number of requests.
 
@@ -105,6 +123,12 @@ class Engine(Protocol):
             pairs: for modules with a slot; the others get rank 0.
         """
         ...
+
+
+def call_shape(feeds: Mapping[str, Array]) -> tuple[int, int]:
+    """B and T of a call, by its first input."""
+    batch, length = next(iter(feeds.values())).shape[:2]
+    return batch, length
 
 
 def state_key(record: StateRecord) -> str:

@@ -96,6 +96,7 @@ class Generation:
         vocab: int,
         *,
         seen: Sequence[Integers] | None = None,
+        pictures: Floats | None = None,
     ) -> None:
         """Prepare; nothing is computed yet.
 
@@ -107,6 +108,7 @@ class Generation:
             ends: token ids that end a text, unless `options.ignore_eos`.
             vocab: V, entries of the logits.
             seen: ids of each row that count for the repetition penalty; None: those of `prompts`.
+            pictures: embeddings `[N, D]` of the image tokens of all prompts.
 
         Raises:
             UsageError: if a prompt is empty.
@@ -114,7 +116,7 @@ class Generation:
         if not all(len(prompt) for prompt in prompts):
             raise UsageError("an empty prompt given; give at least one token")
         self._session, self._tokenizer, self._options = session, tokenizer, options
-        self._prompts = prompts
+        self._prompts, self._pictures = prompts, pictures
         self._ends = () if options.ignore_eos else ends
         self._rows = [
             _Row(tokenizer, options, Sampler(options, ids, vocab, row), self._ends)
@@ -128,7 +130,7 @@ class Generation:
         """Row number and piece of text, as they come; empty pieces are left out."""
         running = list(range(len(self._rows)))
         started = time.perf_counter()
-        logits = self._session.next_logits(*left_padded(self._prompts))
+        logits = self._session.next_logits(*left_padded(self._prompts), self._pictures)
         while running:
             shown = [(i, self._advance(at, i, logits)) for at, i in enumerate(running)]
             self._ttft = self._ttft or time.perf_counter() - started
@@ -158,7 +160,9 @@ class Generation:
     def best_beam(self) -> str:
         """The text that beam search finds for the only prompt."""
         started = time.perf_counter()
-        found = beam_search(self._session, self._prompts[0], self._options, self._ends)
+        found = beam_search(
+            self._session, self._prompts[0], self._options, self._ends, self._pictures
+        )
         self._seconds, self._ttft = time.perf_counter() - started, found.ttft_seconds
         stop = StopFilter(self._options.stop)
         text = stop.push(self._tokenizer.decode(found.tokens))

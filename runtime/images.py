@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,16 @@ from edgekit.errors import BundleError, EngineError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageProcessor", "read_image"]
+__all__ = ["PROCESSOR", "ImageProcessor", "Picture", "read_image"]
 
 MOST_PIXELS = 100_000_000
 PROCESSOR = "preprocessor_config.json"
 UNSUPPORTED = ("do_image_splitting", "do_pan_and_scan")
 Floats = npt.NDArray[np.float32]
+Picture: TypeAlias = "Path | str | bytes | Image"  # a file, its bytes, or a PIL image
 
 
-def read_image(source: "Path | str | bytes | Image") -> "Image":
+def read_image(source: Picture) -> "Image":
     """A picture in RGB, turned as its camera says.
 
     Of an animation the first frame counts; transparency is laid on white; 16-bit greys are scaled.

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 from edgekit import targets
-from edgekit.bundle import ENGINE_FILES, Manifest, check_files, read_manifest
+from edgekit.bundle import Manifest, check_files, read_manifest
 from edgekit.errors import EngineError, UsageError
 from edgekit.runtime.adapters import AdapterInfo, Adapters
-from edgekit.runtime.engine import Engine, EngineSettings, Integers
+from edgekit.runtime.engine import Engine, EngineSettings, Floats, Integers
 from edgekit.runtime.generation import Generation, GenerationStats
+from edgekit.runtime.images import PROCESSOR, Picture
 from edgekit.runtime.sampling import GenerationOptions, GenerationSettings
 from edgekit.runtime.session import Session
 from edgekit.runtime.text import Tokenizer
+from edgekit.runtime.vision import Vision
 
 __all__ = ["ENGINES", "Model", "load"]
 
@@ -70,7 +72,7 @@ def load(
     target = targets.load(manifest.target)
     name = _chosen_engine(manifest, engine, target.engine)
     if check:
-        wanted = (*ENGINE_FILES[name], *TEXT_FILES)
+        wanted = (*manifest.engine_files(name), *TEXT_FILES, PROCESSOR)
         check_files(directory, manifest, (file for file in wanted if file in manifest.files))
     # A device name means something to its own engine only.
     preferred = target.device if name == target.engine else "CPU"
@@ -84,12 +86,15 @@ def load(
     tokenizer = Tokenizer(directory)
     _, module, kind = ENGINES[name]
     compiled: Engine = getattr(importlib.import_module(module), kind)(directory, manifest, settings)
+    facts = manifest.vision
+    vision = None if facts is None else Vision(directory, facts, compiled.look)
     return Model(
         manifest,
         name,
         compiled,
         settings,
         tokenizer=tokenizer,
+        vision=vision,
         block=target.prefill_block[name],
         load_seconds=time.perf_counter() - started,
     )
@@ -144,14 +149,17 @@ class Model:
         settings: EngineSettings,
         *,
         tokenizer: Tokenizer,
+        vision: Vision | None,
         block: int,
         load_seconds: float,
     ) -> None:
         self.manifest, self.engine, self.device = manifest, engine, settings.device
-        self.tokenizer = tokenizer
+        self.tokenizer, self._vision = tokenizer, vision
         self.load_seconds, self.compile_seconds = load_seconds, compiled.compile_seconds
         self.model_bytes = sum(
-            manifest.files[file].size for file in ENGINE_FILES[engine] if file in manifest.files
+            manifest.files[file].size
+            for file in manifest.engine_files(engine)
+            if file in manifest.files
         )
         self.last_stats: GenerationStats | None = None
         self._compiled, self._logits, self._block = compiled, settings.logits, block
@@ -233,41 +241,97 @@ class Model:
             raise UsageError(f"adapter {name!r} is set; set_adapters without it first")
         self._adapters.unload(name)
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether prompts may have pictures."""
+        return self._vision is not None
+
+    def look(self, pictures: Sequence[Picture]) -> Floats:
+        """What the decoder reads of pictures, for `Session.append`.
+
+        Args:
+            pictures: files, their bytes, or PIL images.
+
+        Returns:
+            Embeddings one after the other, fp32 `[N * tokens, D]`.
+
+        Raises:
+            UsageError: if the model reads no pictures, or one of them cannot be read.
+            EngineError: if Pillow is not installed.
+        """
+        return self._seeing().features(pictures)
+
+    def look_at(self, pixels: Floats) -> Floats:
+        """The same for pixels that are scaled and normalised already, fp32 `[N, 3, H, W]`."""
+        return self._seeing().look(pixels)
+
     @overload
-    def generate(self, prompt: str, **settings: Unpack[GenerationSettings]) -> str: ...
-    @overload
-    def generate(self, prompt: list[str], **settings: Unpack[GenerationSettings]) -> list[str]: ...
     def generate(
-        self, prompt: str | list[str], **settings: Unpack[GenerationSettings]
+        self,
+        prompt: str,
+        *,
+        images: Sequence[Picture] = (),
+        **settings: Unpack[GenerationSettings],
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        *,
+        images: Sequence[Sequence[Picture]] = (),
+        **settings: Unpack[GenerationSettings],
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompt: str | list[str],
+        *,
+        images: Sequence[Any] = (),
+        **settings: Unpack[GenerationSettings],
     ) -> str | list[str]:
         """Continue one prompt, or several side by side.
 
         Args:
             prompt: a text, or a list of texts of any lengths.
+            images: pictures of the prompt, for the placeholders in it, or before it where it has
+                none; for a list of prompts, a list of pictures for each.
             settings: fields of `GenerationOptions`, by name.
 
         Returns:
             The new text of each prompt, without the prompt.
 
         Raises:
-            UsageError: for an unknown option, a value outside its range, an empty prompt, or one
-                longer than the model's context.
+            UsageError: for an unknown option, a value outside its range, an empty prompt, one
+                longer than the model's context, or pictures that do not fit.
         """
         options = GenerationOptions.of(settings)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        pictures = [images] if isinstance(prompt, str) else list(images) or [()] * len(prompts)
         if not prompts:
             raise UsageError("no prompt given; give one text or more")
+        if len(pictures) != len(prompts):
+            raise UsageError(
+                f"pictures for {len(pictures)} prompts given, and {len(prompts)} prompts; "
+                "allowed: a list for each"
+            )
         if options.num_beams > 1:
-            texts = [self._best_beam(text, options) for text in prompts]
+            pairs = zip(prompts, pictures, strict=True)
+            texts = [self._best_beam(text, options, seen) for text, seen in pairs]
         else:
-            texts = self._continue(prompts, options)
+            texts = self._continue(prompts, options, pictures)
         return texts[0] if isinstance(prompt, str) else texts
 
-    def stream(self, prompt: str, **settings: Unpack[GenerationSettings]) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[Picture] = (),
+        **settings: Unpack[GenerationSettings],
+    ) -> Iterator[str]:
         """Continue a prompt piece by piece; the pieces join to what `generate` returns.
 
         Args:
             prompt: a text.
+            images: its pictures; see `generate`.
             settings: fields of `GenerationOptions`, by name; `num_beams` must be 1.
 
         Raises:
@@ -278,17 +342,48 @@ class Model:
             raise UsageError(
                 "beam search cannot stream: its text is not certain before the end; use generate"
             )
-        return self._pieces(self._generation([prompt], options))
+        return self._pieces(self._generation([prompt], options, [images]))
 
     def chat_prompt(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        images: int = 0,
+        add_generation_prompt: bool = True,
     ) -> str:
-        """A conversation as a prompt, by the model's own template; see `Tokenizer.chat_prompt`."""
-        return self.tokenizer.chat_prompt(messages, add_generation_prompt=add_generation_prompt)
+        """A conversation as a prompt, by the model's own template; see `Tokenizer.chat_prompt`.
 
-    def _generation(self, texts: Sequence[str], options: GenerationOptions) -> Generation:
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+            images: how many pictures the first message of the user has.
+            add_generation_prompt: end with the opening of the assistant's answer.
+        """
+
+        def render(given: Sequence[Mapping[str, Any]]) -> str:
+            return self.tokenizer.chat_prompt(given, add_generation_prompt=add_generation_prompt)
+
+        if self._vision is None and not images:
+            return render(messages)
+        return self._seeing().chat_prompt(render, messages, images)
+
+    def _seeing(self) -> Vision:
+        if self._vision is None:
+            raise UsageError("pictures given to a model that reads text alone; leave them out")
+        return self._vision
+
+    def _generation(
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions,
+        pictures: Sequence[Sequence[Picture]],
+    ) -> Generation:
+        if self._vision is not None or any(pictures):
+            see = self._seeing().prompt
+            pairs = zip(texts, pictures, strict=True)
+            texts = [see(text, len(seen)) for text, seen in pairs]
         prompts: list[Integers] = [self.tokenizer.encode_prompt(text) for text in texts]
         facts = self.manifest.model
+        seen = [picture for row in pictures for picture in row]
         return Generation(
             self.session(len(prompts)),
             self.tokenizer,
@@ -296,6 +391,7 @@ class Model:
             options,
             facts.eos_token_ids,
             facts.vocab_size,
+            pictures=self.look(seen) if seen else None,
         )
 
     def _pieces(self, generation: Generation) -> Iterator[str]:
@@ -303,16 +399,21 @@ class Model:
             yield piece
         self.last_stats = generation.stats
 
-    def _continue(self, texts: Sequence[str], options: GenerationOptions) -> list[str]:
-        generation = self._generation(texts, options)
+    def _continue(
+        self,
+        texts: Sequence[str],
+        options: GenerationOptions,
+        pictures: Sequence[Sequence[Picture]],
+    ) -> list[str]:
+        generation = self._generation(texts, options, pictures)
         rows: list[list[str]] = [[] for _ in texts]
         for row, piece in generation.pieces():
             rows[row].append(piece)
         self.last_stats = generation.stats
         return ["".join(pieces) for pieces in rows]
 
-    def _best_beam(self, text: str, options: GenerationOptions) -> str:
-        generation = self._generation([text], options)
+    def _best_beam(self, text: str, options: GenerationOptions, pictures: Sequence[Picture]) -> str:
+        generation = self._generation([text], options, [pictures])
         found = generation.best_beam()
         self.last_stats = generation.stats
         return found

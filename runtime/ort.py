@@ -21,7 +21,14 @@ from onnxruntime.capi import (
 
 from edgekit.bundle import Manifest, StateRecord
 from edgekit.errors import BundleError, EngineError
-from edgekit.runtime.engine import Array, EngineSettings, Floats, Integers, state_key
+from edgekit.runtime.engine import (
+    Array,
+    EngineSettings,
+    Floats,
+    Integers,
+    call_shape,
+    state_key,
+)
 from edgekit.runtime.lowrank import Pair
 from edgekit.runtime.state import state_shape
 
@@ -53,18 +60,11 @@ class OnnxEngine:
         """
         if settings.device != "CPU":
             raise EngineError(f"device {settings.device!r} given; the onnx engine runs on: CPU")
-        path = directory / "model.onnx"
         started = time.perf_counter()
-        try:
-            self.session = onnxruntime.InferenceSession(
-                path,
-                _session_options(settings, constant_shapes=manifest.constant_memory),
-                providers=["CPUExecutionProvider"],
-            )
-        except (failures.InvalidProtobuf, failures.NoSuchFile, failures.InvalidGraph) as cause:
-            raise BundleError(f"{path}: cannot be read ({cause})") from cause
-        except FAILURES as cause:
-            raise EngineError(f"{path}: ONNX Runtime refuses this model ({cause})") from cause
+        options = _session_options(settings, constant_shapes=manifest.constant_memory)
+        graphs = [name for name in manifest.engine_files("onnx") if name.endswith(".onnx")]
+        opened = [_opened(directory / name, options) for name in graphs]
+        self.session, self.table, self._vision = [*opened, None, None][:3]
         self.compile_seconds = time.perf_counter() - started
         self.records = manifest.states
         self.vocab = manifest.model.vocab_size
@@ -76,6 +76,10 @@ class OnnxEngine:
         """A new IO binding with states of its own."""
         return InPlaceRequest(self, batch) if self.in_place else FreshRequest(self, batch)
 
+    def look(self, pixels: Floats) -> Floats:
+        """Run the graph of pictures; safe to use from several threads."""
+        return _answered(self._vision, pixels)
+
     def lowered(self, pairs: Mapping[str, Pair]) -> dict[str, onnxruntime.OrtValue]:
         """Values of the optional inputs that hold adapters: A `[in, r]` and B `[r, out]`."""
         make, values = onnxruntime.OrtValue.ortvalue_from_numpy, {}
@@ -83,6 +87,25 @@ class OnnxEngine:
             values[f"{module}.lora_A"] = make(np.ascontiguousarray(pair.a.T))
             values[f"{module}.lora_B"] = make(np.ascontiguousarray(pair.b.T))
         return values
+
+
+def _opened(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (failures.InvalidProtobuf, failures.NoSuchFile, failures.InvalidGraph) as cause:
+        raise BundleError(f"{path}: cannot be read ({cause})") from cause
+    except FAILURES as cause:
+        raise EngineError(f"{path}: ONNX Runtime refuses this model ({cause})") from cause
+
+
+def _answered(session: onnxruntime.InferenceSession, given: Array) -> Floats:
+    """The only output for the only input."""
+    try:
+        (found,) = session.run(None, {session.get_inputs()[0].name: given})
+    except FAILURES as cause:
+        raise EngineError(f"ONNX Runtime failed: {cause}") from cause
+    answer: Floats = found
+    return answer
 
 
 def _shares_states(manifest: Manifest) -> bool:
@@ -115,17 +138,21 @@ class OnnxRequest(ABC):
         self._used: dict[str, onnxruntime.OrtValue] = {}
         self.reset(batch)
 
-    def infer(self, feeds: Mapping[str, Integers]) -> Floats:
+    def embed(self, ids: Integers) -> Floats:
+        """Rows of the token table."""
+        return _answered(self._engine.table, ids)
+
+    def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph; the logits are written straight into the array that is returned."""
-        length = feeds["input_ids"].shape[1]
+        _, length = call_shape(feeds)
         self._bind_states(length)
         logits = self._call(feeds)
         self._columns += length
         self._keep_states()
         return logits
 
-    def _call(self, feeds: Mapping[str, Integers]) -> Floats:
-        batch, length = feeds["input_ids"].shape
+    def _call(self, feeds: Mapping[str, Array]) -> Floats:
+        batch, length = call_shape(feeds)
         make = onnxruntime.OrtValue.ortvalue_from_numpy
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, array)
@@ -210,9 +237,9 @@ class InPlaceRequest(OnnxRequest):
                 self._buffers[record] = np.ascontiguousarray(array)
                 self._bind(record)
 
-    def _call(self, feeds: Mapping[str, Integers]) -> Floats:
+    def _call(self, feeds: Mapping[str, Array]) -> Floats:
         """Row by row where the attention operator takes only one sequence at a time."""
-        batch, length = feeds["input_ids"].shape
+        batch, length = call_shape(feeds)
         if batch == 1 or length == 1 or self._columns == 0 or not any(map(_grows, self._buffers)):
             return super()._call(feeds)
         logits = []

@@ -13,7 +13,14 @@ import openvino as ov
 
 from edgekit.bundle import Manifest
 from edgekit.errors import BundleError, EngineError
-from edgekit.runtime.engine import Array, EngineSettings, Floats, Integers, state_key
+from edgekit.runtime.engine import (
+    Array,
+    EngineSettings,
+    Floats,
+    Integers,
+    call_shape,
+    state_key,
+)
 from edgekit.runtime.lowrank import Pair
 
 __all__ = ["OpenVinoEngine", "OpenVinoRequest"]
@@ -35,20 +42,10 @@ class OpenVinoEngine:
         """
         core = ov.Core()
         _check_device(settings.device, core.available_devices)
-        path = directory / "openvino_model.xml"
         started = time.perf_counter()
-        try:
-            model = core.read_model(path)
-        except RuntimeError as cause:
-            raise BundleError(f"{path}: cannot be read ({_reason(cause)})") from cause
-        if settings.logits == "all":
-            _keep_all_positions(model, path)
-        try:
-            self._compiled = core.compile_model(model, settings.device, _properties(settings))
-        except RuntimeError as cause:
-            raise EngineError(
-                f"{settings.device}: OpenVINO cannot compile this model ({_reason(cause)})"
-            ) from cause
+        graphs = [name for name in manifest.engine_files("openvino") if name.endswith(".xml")]
+        compiled = [_compiled(core, directory / name, settings) for name in graphs]
+        self._compiled, self._table, self._vision = [*compiled, None, None][:3]
         self.compile_seconds = time.perf_counter() - started
         self.inputs = frozenset(
             name for port in self._compiled.inputs for name in port.get_names()
@@ -57,7 +54,14 @@ class OpenVinoEngine:
 
     def request(self, batch: int) -> "OpenVinoRequest":
         """A new infer request with empty variables."""
-        return OpenVinoRequest(self._compiled.create_infer_request(), self.keys, batch)
+        table = None if self._table is None else self._table.create_infer_request()
+        return OpenVinoRequest(self._compiled.create_infer_request(), table, self.keys, batch)
+
+    def look(self, pixels: Floats) -> Floats:
+        """Run the graph of pictures; safe to use from several threads."""
+        (found,) = _inferred(self._vision.create_infer_request(), {0: pixels}).values()
+        features: Floats = np.array(found)
+        return features
 
     def lowered(self, pairs: Mapping[str, Pair]) -> dict[str, ov.Tensor]:
         """Values of the variables that hold adapters; weights are in B, so alpha is 1."""
@@ -72,8 +76,14 @@ class OpenVinoEngine:
 class OpenVinoRequest:
     """An infer request; rows are reordered by the next call's `beam_idx`."""
 
-    def __init__(self, request: ov.InferRequest, keys: Mapping[str, str], batch: int) -> None:
-        self._request, self._keys = request, keys
+    def __init__(
+        self,
+        request: ov.InferRequest,
+        table: ov.InferRequest | None,
+        keys: Mapping[str, str],
+        batch: int,
+    ) -> None:
+        self._request, self._table, self._keys = request, table, keys
         variables = {state.name: state for state in request.query_state()}
         self._variables = {keys[n]: s for n, s in variables.items() if not n.startswith(SLOT)}
         self._slots = {name: s for name, s in variables.items() if name.startswith(SLOT)}
@@ -82,19 +92,21 @@ class OpenVinoRequest:
         self._settled = self._rows.astype(np.int32)
         self._pending = False
 
-    def infer(self, feeds: Mapping[str, Integers]) -> Floats:
+    def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph; logits are copied out of the request's memory."""
-        inputs: dict[str, Array] = dict(feeds)
-        inputs["beam_idx"] = self._rows.astype(np.int32) if self._pending else self._settled
-        try:
-            result = self._request.infer(inputs, share_inputs=True, share_outputs=True)
-        except RuntimeError as cause:
-            raise EngineError(f"OpenVINO failed: {_reason(cause)}") from cause
+        rows = self._rows.astype(np.int32) if self._pending else self._settled
+        result = _inferred(self._request, {**feeds, "beam_idx": rows})
         if self._pending:
             self._settle(len(self._rows))
         # A graph with recurrent layers pads time on the right; those positions are nobody's.
-        logits: Floats = np.array(result["logits"][:, : feeds["input_ids"].shape[1]])
+        logits: Floats = np.array(result["logits"][:, : call_shape(feeds)[1]])
         return logits
+
+    def embed(self, ids: Integers) -> Floats:
+        """Rows of the token table."""
+        (found,) = _inferred(self._table, {0: ids}).values()
+        rows: Floats = np.array(found)
+        return rows
 
     def _settle(self, batch: int) -> None:
         self._rows = np.arange(batch)
@@ -132,6 +144,30 @@ class OpenVinoRequest:
         for key, state in self._variables.items():
             state.state = ov.Tensor(np.ascontiguousarray(states[key]))
         self._settle(len(next(iter(states.values()))))
+
+
+def _compiled(core: ov.Core, path: Path, settings: EngineSettings) -> ov.CompiledModel:
+    """One graph of the bundle; only the decoder has a last position."""
+    try:
+        model = core.read_model(path)
+    except RuntimeError as cause:
+        raise BundleError(f"{path}: cannot be read ({_reason(cause)})") from cause
+    if settings.logits == "all" and model.get_variables():
+        _keep_all_positions(model, path)
+    try:
+        return core.compile_model(model, settings.device, _properties(settings))
+    except RuntimeError as cause:
+        raise EngineError(
+            f"{settings.device}: OpenVINO cannot compile {path.name} ({_reason(cause)})"
+        ) from cause
+
+
+def _inferred(request: ov.InferRequest, inputs: Mapping[Any, Array]) -> Any:
+    """What one call returns, in the request's own memory."""
+    try:
+        return request.infer(inputs, share_inputs=True, share_outputs=True)
+    except RuntimeError as cause:
+        raise EngineError(f"OpenVINO failed: {_reason(cause)}") from cause
 
 
 def _properties(settings: EngineSettings) -> dict[str, Any]:

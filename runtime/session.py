@@ -4,7 +4,7 @@ B rows (batch), T tokens of one call, S columns appended so far, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgekit.bundle import Manifest
 from edgekit.errors import UsageError
-from edgekit.runtime.engine import Engine, Floats, Integers
+from edgekit.runtime.engine import Array, Engine, Floats, Integers
 from edgekit.runtime.state import (
     Snapshot,
     check_snapshot,
@@ -110,28 +110,39 @@ class Session:
         limit = self._manifest.model.context_length
         return None if limit is None else (limit - self._tokens).tolist()
 
-    def append(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Floats:
+    def append(
+        self,
+        ids: npt.ArrayLike,
+        mask: npt.ArrayLike | None = None,
+        pictures: Floats | None = None,
+    ) -> Floats:
         """Read tokens and return the logits that follow them.
 
         Args:
             ids: integer `[T]` for a batch of one, or `[B, T]`.
             mask: `[B, T]` (or `[T]`) for these columns, 1 for tokens and 0 for padding, which must
                 come before a row's first token; None: no padding.
+            pictures: fp32 `[N, D]`, what the N image tokens among `ids` stand for, row after row;
+                `Model.look` makes it. None: image tokens, which a model may write itself, are
+                tokens like others.
 
         Returns:
             fp32 logits of the last position `[B, V]`, or of all `[B, T, V]` with logits = "all".
 
         Raises:
             UsageError: for a wrong shape or dtype, ids outside the vocabulary, padding after a
-                token, or more tokens than the context holds; the session is then as it was.
+                token, more tokens than the context holds, or another number of pictures'
+                embeddings than of image tokens; the session is then as it was.
         """
         tokens = self._checked_ids(ids)
         valid = self._checked_mask(mask, tokens.shape)
         self._check_room(valid)
+        contents = self._contents(tokens, pictures)
         blocks: list[Floats] = []
         for start in range(0, tokens.shape[1], self._block):
             columns = slice(start, start + self._block)
-            logits = self._step(tokens[:, columns], valid[:, columns])
+            part = {name: array[:, columns] for name, array in contents.items()}
+            logits = self._step(part, valid[:, columns])
             if self._logits == "last":
                 blocks = []
             blocks.append(logits)
@@ -139,22 +150,44 @@ class Session:
             return blocks[0][:, -1]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
 
-    def next_logits(self, ids: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Floats:
+    def next_logits(
+        self,
+        ids: npt.ArrayLike,
+        mask: npt.ArrayLike | None = None,
+        pictures: Floats | None = None,
+    ) -> Floats:
         """`append`, and the logits of the last position alone, `[B, V]`, however it was opened."""
-        logits = self.append(ids, mask)
+        logits = self.append(ids, mask, pictures)
         return logits if self._logits == "last" else logits[:, -1]
 
-    def _step(self, tokens: Integers, valid: Integers) -> Floats:
+    def _contents(self, tokens: Integers, pictures: Floats | None) -> dict[str, Array]:
+        """What the graph reads of a call: token ids, or embeddings and where pictures lie."""
+        facts = self._manifest.vision
+        if facts is None:
+            if pictures is not None:
+                raise UsageError("pictures given to a model that reads text alone; leave them out")
+            return {"input_ids": tokens}
+        rows, places = self._request.embed(tokens), np.zeros(tokens.shape, dtype=bool)
+        if pictures is not None:
+            places = tokens == facts.image_token_id
+            if len(pictures) != places.sum():
+                raise UsageError(
+                    f"{len(pictures)} embeddings of pictures given for {places.sum()} image "
+                    "tokens; allowed: as many"
+                )
+            rows[places] = pictures
+        return {"inputs_embeds": rows, "spin_image_mask": places.astype(np.int64)}
+
+    def _step(self, contents: Mapping[str, Array], valid: Integers) -> Floats:
         """One engine call; position and mask move only when it succeeded."""
-        after = self._position + tokens.shape[1]
-        feeds = {
-            "input_ids": np.ascontiguousarray(tokens),
-            "attention_mask": np.ascontiguousarray(self._visible(valid, after)),
-        }
+        after = self._position + valid.shape[1]
+        feeds: dict[str, Array] = {**contents, "attention_mask": self._visible(valid, after)}
         if "position_ids" in self._inputs:
             steps = self._tokens[:, None] + valid.cumsum(axis=1) - 1
             feeds["position_ids"] = np.maximum(steps, 0)
-        logits = self._request.infer({n: a for n, a in feeds.items() if n in self._inputs})
+        logits = self._request.infer(
+            {n: np.ascontiguousarray(a) for n, a in feeds.items() if n in self._inputs}
+        )
         self._position = after
         self._tokens = self._tokens + valid.sum(axis=1)
         return logits

@@ -5,7 +5,7 @@ Nothing is added that `tokenizer.json` does not ask for: SmolLM2, for one, has n
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Tokenizer:
         return self._chat_template() is not None
 
     def chat_prompt(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
         """A conversation as the prompt that the model was trained on.
 

@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("q_head", "kv_head"),
         help="lawcat: one state per query head (default), or the smaller one per KV head",
     )
+    model.add_argument(
+        "--spin",
+        metavar="FILE|PRESET",
+        help="vision-language models: turn down heads that look least at the picture; a .toml of "
+        "`edgekit spin calibrate`, or a published setting such as llava-1_5-7b-chair",
+    )
     adapters = parser.add_argument_group("adapters")
     adapters.add_argument(
         "--adapter",
@@ -113,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
 
     with extra("convert"):
         from edgekit.export.pipeline import convert
+        from edgekit.spin.presets import read_spin
+    spin = None if args.spin is None else read_spin(args.spin)
     with Progress() as progress:
         report = convert(
             args.source,
@@ -131,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
             lines=args.lines,
             untie=args.untie,
             adapter_slots=args.adapter_slots,
+            spin=spin,
             verify=not args.no_verify,
             force=args.force,
             progress=progress.step,

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--prompt", required=True, help="the text; `-` reads it from standard input"
     )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture that the prompt is about; repeatable (vision-language models)",
+    )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     add_engine(parser)
     add_adapters(parser)
@@ -56,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
     use_adapters(model, args.adapters)
     if not args.raw and model.tokenizer.has_chat_template:
-        prompt = model.chat_prompt([{"role": "user", "content": prompt}])
-    text = _generate(model, prompt, options, silent=args.json)
+        prompt = model.chat_prompt([{"role": "user", "content": prompt}], images=len(args.image))
+    text = _generate(model, prompt, args.image, options, silent=args.json)
     if args.json:
         print(as_json(_result(model, prompt, text)))
     if args.stats and model.last_stats is not None:
@@ -65,15 +73,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(model: "Model", prompt: str, options: "GenerationSettings", *, silent: bool) -> str:
+def _generate(
+    model: "Model",
+    prompt: str,
+    images: list[Path],
+    options: "GenerationSettings",
+    *,
+    silent: bool,
+) -> str:
     """The whole text, which was also shown as it came unless `silent`."""
     if options["num_beams"] > 1 or silent:
-        text = model.generate(prompt, **options)
+        text = model.generate(prompt, images=images, **options)
         if not silent:
             print(text)
         return text
     pieces = []
-    for piece in model.stream(prompt, **options):
+    for piece in model.stream(prompt, images=images, **options):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()

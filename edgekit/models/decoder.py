@@ -197,15 +197,26 @@ def with_fresh_mixers(config: DecoderConfig, store: WeightStore) -> WeightStore:
 def streamed_logits(
     config: DecoderConfig,
     store: WeightStore,
-    ids: torch.Tensor,
+    given: torch.Tensor,
     *,
+    image: torch.Tensor | None = None,
     form: Form = "chunked",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Logits `[B, T, V]` of `ids [B, T]`, computed in `dtype`, one layer's weights at a time."""
-    context = step_context(config, ids.shape[1], ids.shape[1], None, form, ids.device)
+    """Logits `[B, T, V]`, computed in `dtype`, one layer's weights at a time.
+
+    Args:
+        config: the decoder's.
+        store: its tensors.
+        given: token ids `[B, T]`, or embeddings `[B, T, D]`.
+        image: which tokens belong to an image, bool `[B, T]`; None: none.
+        form: which form a recurrent mixer computes.
+        dtype: of the arithmetic.
+    """
+    time = given.shape[1]
+    context = step_context(config, time, time, None, form, given.device, image)
     table = store.tensor("model.embed_tokens.weight")
-    x = functional.embedding(ids, table).to(dtype)
+    x = (given if given.is_floating_point() else functional.embedding(given, table)).to(dtype)
     for i in range(config.num_layers):
         x, _ = _loaded_layer(config, store, i, dtype)(x, context)
     x = functional.rms_norm(

@@ -11,7 +11,22 @@ from edgekit.errors import SourceError
 from edgekit.models.config import DecoderConfig
 from edgekit.models.weights import WeightStore
 
-__all__ = ["Source", "read_json", "sha256_of"]
+__all__ = ["Source", "VisionSource", "read_json", "sha256_of"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSource:
+    """The vision side of a source.
+
+    Attributes:
+        family: `model_type` of the whole model, such as "llava".
+        image_token_id: stands for one embedding of a picture among token ids.
+        processor: how a picture becomes pixels, as `preprocessor_config.json` says it.
+    """
+
+    family: str
+    image_token_id: int
+    processor: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +41,7 @@ class Source:
         identity: JSON-ready; kind ("hf-directory", "hub", "gguf" or "built-in"), name, sha256 of
             the weights, and for the Hub the revision.
         notes: what the user should be told, one sentence each.
+        vision: what reads pictures for the decoder; None: nothing does.
     """
 
     name: str
@@ -34,6 +50,7 @@ class Source:
     weights: WeightStore
     identity: dict[str, Any]
     notes: tuple[str, ...] = ()
+    vision: VisionSource | None = None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A directory in Hugging Face's layout: memory-mapped safetensors, and never a pickle."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edgekit.errors import SourceError
-from edgekit.models.config import DecoderConfig
+from edgekit.models.weights import WeightStore
 from edgekit.sources.base import Source, read_json, sha256_of
 from edgekit.sources.checks import check_weights
 from edgekit.sources.hf_config import parse_config
+from edgekit.sources.vlm import TextStore, is_vision_language, text_config, vision_source
 
 __all__ = ["SafetensorsStore", "open_directory"]
 
@@ -88,10 +90,17 @@ def open_directory(
         raise SourceError(f"{directory}: no such directory; give a model directory, file or Hub id")
     if not any(directory.iterdir()):
         raise SourceError(f"{directory}: empty; a model directory has config.json and {SINGLE}")
-    config, config_notes = _read_config(directory)
+    foreign = read_json(directory / "config.json")
     files = _weight_files(directory)
-    weights = SafetensorsStore(files)
-    check_weights(config, weights)
+    stored: WeightStore = SafetensorsStore(files)
+    vision = vision_source(directory, foreign) if is_vision_language(foreign) else None
+    if vision is None:
+        config, config_notes = parse_config(foreign, _generation(directory))
+    else:
+        stored = text = TextStore(stored)
+        config, config_notes = parse_config(text_config(foreign), _generation(directory))
+        config = replace(config, tied_head=text.tied)
+    check_weights(config, stored)
     name = name or directory.resolve().name
     identity = {"kind": "hf-directory", "name": name} if identity is None else dict(identity)
     if "sha256" not in identity:
@@ -100,17 +109,16 @@ def open_directory(
         name=name,
         directory=directory,
         config=config,
-        weights=weights,
+        weights=stored,
         identity=identity,
         notes=notes + config_notes,
+        vision=vision,
     )
 
 
-def _read_config(directory: Path) -> tuple[DecoderConfig, tuple[str, ...]]:
-    generation = directory / "generation_config.json"
-    return parse_config(
-        read_json(directory / "config.json"), read_json(generation) if generation.exists() else {}
-    )
+def _generation(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _weight_files(directory: Path) -> dict[Path, frozenset[str] | None]:

@@ -1,0 +1,122 @@
+"""The two halves of a vision-language checkpoint: its text model as a plain decoder, and the rest.
+
+Checkpoints of several ages name the text model's tensors in several ways; what they have in common
+is the table of token embeddings, whose name tells the prefix of all of them.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgekit.errors import SourceError
+from edgekit.models.weights import WeightStore
+from edgekit.sources.base import VisionSource, read_json
+
+__all__ = ["VISION_FAMILIES", "TextStore", "is_vision_language", "text_config", "vision_source"]
+
+VISION_FAMILIES = ("llava", "smolvlm", "idefics3")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+IMAGE_TOKENS = ("image_token_id", "image_token_index")  # the key's new and old name
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_vision_language(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a family whose pictures edgekit reads."""
+    return config.get("model_type") in VISION_FAMILIES
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's configuration, with the defaults that config.json leaves out.
+
+    Args:
+        config: the contents of config.json.
+
+    Raises:
+        SourceError: if transformers cannot read it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        whole = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        text: dict[str, Any] = whole.get_text_config(decoder=True).to_dict()
+    except (AttributeError, KeyError, TypeError, ValueError) as cause:
+        raise SourceError(f"config.json: its text_config cannot be read ({cause})") from cause
+    outside = {key: config[key] for key in TOKENS if config.get(key) is not None}
+    return {**text, **{key: value for key, value in outside.items() if text.get(key) is None}}
+
+
+def vision_source(directory: Path, config: Mapping[str, Any]) -> VisionSource:
+    """What the vision side of a model directory says of itself.
+
+    Raises:
+        SourceError: if no image token, or no image processor, is named.
+    """
+    found = [config[key] for key in IMAGE_TOKENS if config.get(key) is not None]
+    if not found or not isinstance(found[0], int):
+        raise SourceError(f"{directory / 'config.json'}: has no {IMAGE_TOKENS[0]}; fetch it again")
+    return VisionSource(
+        family=str(config["model_type"]),
+        image_token_id=found[0],
+        processor=_image_processor(directory),
+    )
+
+
+def _image_processor(directory: Path) -> dict[str, Any]:
+    """Its settings: a file of its own, or a part of the processor's."""
+    for name in PROCESSORS:
+        if not (directory / name).is_file():
+            continue
+        found = read_json(directory / name)
+        settings = found.get("image_processor", found)
+        if isinstance(settings, dict) and "image_mean" in settings:
+            return settings
+    raise SourceError(
+        f"{directory}: has no {PROCESSORS[0]}, so nothing says how pictures are read; add it"
+    )
+
+
+class TextStore:
+    """The text model's tensors under the names of a plain decoder; the others are not there."""
+
+    def __init__(self, base: WeightStore) -> None:
+        """Find the text model in `base`.
+
+        Raises:
+            SourceError: if it has no table of token embeddings, or several.
+        """
+        tables = [name for name in base if name.endswith(EMBEDDING)]
+        if len(tables) != 1:
+            raise SourceError(
+                f"the checkpoint has {len(tables)} tensors called {EMBEDDING}; allowed: one"
+            )
+        prefix = tables[0].removesuffix(EMBEDDING)
+        self._base = base
+        self._names = {
+            f"model.{name.removeprefix(prefix)}": name for name in base if name.startswith(prefix)
+        }
+        head = next((name for name in base if name.endswith(HEAD)), None)
+        if head is not None:
+            self._names[HEAD] = head
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the table of token embeddings."""
+        if HEAD not in self:
+            return True
+        head, table = self.tensor(HEAD), self.tensor(f"model.{EMBEDDING}")
+        return head.shape == table.shape and torch.equal(head, table)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, as it is stored."""
+        if name not in self._names:
+            raise SourceError(f"the source has no tensor {name!r}; is the checkpoint complete?")
+        return self._base.tensor(self._names[name])

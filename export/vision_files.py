@@ -1,0 +1,148 @@
+"""What a vision-language bundle has beside its decoder: the token table and the side of pictures.
+
+OpenVINO's files are those of OpenVINO GenAI and Optimum: `openvino_text_embeddings_model` (`input`
+to `inputs_embeds`) and `openvino_vision_embeddings_model` (`pixel_values` to `last_hidden_state`).
+ONNX's are `embedding.onnx` and `vision.onnx` with the same outputs. Under SPIN, OpenVINO's
+embeddings carry one more channel, 1 on pictures, for runtimes that know no other way to say where
+pictures lie.
+"""
+
+import json
+from pathlib import Path
+
+import openvino as ov
+from onnx import TensorProto
+from openvino import opset15 as op
+
+from edgekit.bundle import VisionFacts
+from edgekit.errors import SourceError
+from edgekit.export.onnx_file import OnnxFile
+from edgekit.export.onnx_linear import LinearWriter
+from edgekit.export.onnx_rounding import narrow_weights
+from edgekit.export.onnx_table import TokenTable
+from edgekit.export.openvino_file import compress_to_int8, save_ir
+from edgekit.export.openvino_values import ints, parameter, scalar
+from edgekit.export.openvino_weights import WeightConstants
+from edgekit.export.states import EMBEDDINGS
+from edgekit.export.vision import VisionSide, vision_to_onnx, vision_to_openvino
+from edgekit.models.config import DecoderConfig
+from edgekit.models.weights import WeightStore
+from edgekit.sources import Source
+
+__all__ = ["vision_facts", "write_onnx_vision", "write_openvino_vision", "write_processor"]
+
+TABLE = "model.embed_tokens"
+ROUNDED = ("int8", "int4")
+PROCESSOR = "preprocessor_config.json"
+# What stands around the image tokens of one whole picture, and for it in a prompt; None: the token.
+MARKERS: dict[str, tuple[str | None, str, str]] = {
+    "llava": (None, "", ""),
+    "smolvlm": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    "idefics3": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+}
+
+
+def write_processor(source: Source, out: Path) -> None:
+    """Write `preprocessor_config.json`."""
+    assert source.vision is not None
+    text = json.dumps(source.vision.processor, indent=2, ensure_ascii=False)
+    (out / PROCESSOR).write_text(text + "\n", encoding="utf-8")
+
+
+def vision_facts(source: Source, side: VisionSide, out: Path) -> VisionFacts:
+    """How pictures come into prompts, by the tokenizer in `out`.
+
+    Raises:
+        SourceError: if the tokenizer does not know the image token.
+    """
+    from tokenizers import Tokenizer
+
+    assert source.vision is not None
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    token = tokenizer.id_to_token(source.vision.image_token_id)
+    if token is None:
+        raise SourceError(
+            f"{source.directory}: its tokenizer has no token {source.vision.image_token_id}, which "
+            "config.json names as the image token; fetch the model again"
+        )
+    placeholder, before, after = MARKERS[source.vision.family]
+    return VisionFacts(
+        family=source.vision.family,
+        image_token_id=source.vision.image_token_id,
+        image_token=token,
+        tokens=side.tokens,
+        placeholder=placeholder or token,
+        before=before,
+        after=after,
+    )
+
+
+def write_openvino_vision(
+    side: VisionSide, config: DecoderConfig, weights: WeightStore, out: Path, *, weights_format: str
+) -> None:
+    """Write both of OpenVINO's files.
+
+    Args:
+        side: tower and projector.
+        config: the decoder's; its `image_flag` adds a channel.
+        weights: the decoder's, for the token table.
+        out: an existing directory.
+        weights_format: as for the decoder; int4 leaves 8 bits here.
+
+    Raises:
+        OSError: if the disk is full.
+        BundleError: if OpenVINO cannot write them for another reason.
+    """
+    half = weights_format == "fp16"
+    models = {"text": _text_table(config, weights, half=half), "vision": vision_to_openvino(side)}
+    for kind, model in models.items():
+        if config.image_flag:
+            _add_channel(model, 1.0 if kind == "vision" else 0.0)
+        if weights_format in ROUNDED:
+            compress_to_int8(model)
+        save_ir(model, out / f"openvino_{kind}_embeddings_model.xml", half=half)
+
+
+def _text_table(config: DecoderConfig, weights: WeightStore, *, half: bool) -> ov.Model:
+    constants = WeightConstants(weights, half=half)
+    ids = parameter("input", [-1, -1], ov.Type.i64)
+    rows = op.gather(constants.matrix(f"{TABLE}.weight"), ids, ints(0))
+    rows.set_friendly_name(TABLE)
+    result = op.result(rows)
+    result.get_output_tensor(0).set_names({EMBEDDINGS})
+    model = ov.Model([result], [ids], f"{config.family}_text_embeddings")
+    model.edgekit_owners = constants.owners
+    return model
+
+
+def _add_channel(model: ov.Model, value: float) -> None:
+    """One more channel of the only output, of the same value everywhere."""
+    result = model.get_results()[0]
+    given, names = result.input_value(0), result.get_output_tensor(0).get_names()
+    one = op.slice(given, ints([0]), ints([1]), ints([1]), ints([2]))
+    channel = op.add(op.multiply(one, scalar(0.0)), scalar(value))
+    result.input(0).replace_source_output(op.concat([given, channel], 2).output(0))
+    model.validate_nodes_and_infer_types()
+    result.get_output_tensor(0).set_names(names)
+
+
+def write_onnx_vision(
+    side: VisionSide,
+    config: DecoderConfig,
+    weights: WeightStore,
+    out: Path,
+    *,
+    weights_format: str,
+    contrib: bool,
+) -> None:
+    """Write `embedding.onnx` and `vision.onnx`; see `write_openvino_vision`."""
+    with OnnxFile(out, "embedding.onnx") as file:
+        writer = LinearWriter(file, weights, weights_format, contrib=contrib)
+        ids = file.input("input_ids", TensorProto.INT64, ["batch", "time"])
+        rows = TokenTable(file, writer).embed(TABLE, ids)
+        shape: list[int | str] = ["batch", "time", config.hidden_size]
+        file.output(EMBEDDINGS, TensorProto.FLOAT, shape)
+        file.rename_output(rows, EMBEDDINGS)
+    vision_to_onnx(side, out / "vision.onnx")
+    if weights_format != "fp32":
+        narrow_weights(out / "vision.onnx", weights_format)

@@ -1,0 +1,56 @@
+"""`openvino_genai.VLMPipeline` on our bundles: the same words, SPIN included, on both back ends."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgekit.export.pipeline import convert
+from edgekit.models.spin import SpinConfig
+from edgekit.runtime import load
+from edgekit.testing_vlm import write_tiny_vlm
+
+pytestmark = pytest.mark.peer
+
+PROMPT = "The capital of France"
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=["plain", "spin"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vlm")
+    write_tiny_vlm(folder / "source", "llava-gqa")
+    spin = SpinConfig(suppress=1, alpha=0.0) if request.param == "spin" else None
+    convert(
+        folder / "source",
+        folder / "bundle",
+        weights="fp32",
+        formats=("openvino",),
+        target="generic-x86",
+        spin=spin,
+        verify=False,
+    )
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("backend", ["SDPA", "PA"])
+def test_words_are_ours(bundle: Path, backend: str) -> None:
+    genai, ov = importlib.import_module("openvino_genai"), importlib.import_module("openvino")
+    pixels = np.random.default_rng(0).integers(0, 256, (38, 50, 3), dtype=np.uint8)
+    model = load(bundle, engine="openvino")
+    prompt = model.chat_prompt([{"role": "user", "content": PROMPT}], images=1)
+    ours = model.generate(
+        prompt, images=[Image.fromarray(pixels)], max_new_tokens=NEW_TOKENS, ignore_eos=True
+    )
+    pipeline = genai.VLMPipeline(str(bundle), "CPU", ATTENTION_BACKEND=backend, **OPTIONS)
+    found = pipeline.generate(
+        PROMPT,
+        images=[ov.Tensor(pixels[None])],
+        max_new_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        do_sample=False,
+    )
+    assert found.texts[0] == ours
