@@ -264,10 +264,12 @@ def _write(
 
 
 def _write_processor(plan: Plan, side: "VisionSide", work: Path) -> VisionFacts:
-    from edgekit.export.vision_files import vision_facts, write_processor
+    from edgekit.export.vision_files import write_processor
+    from edgekit.sources.vlm import vision_facts
 
+    assert plan.source.vision is not None
     write_processor(plan.source, work)
-    return vision_facts(plan.source, side, work)
+    return vision_facts(plan.source.vision, work, side.tokens)
 
 
 def _write_openvino(plan: Plan, side: "VisionSide | None", work: Path) -> None:

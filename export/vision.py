@@ -12,9 +12,9 @@ import openvino as ov
 import torch
 from torch import nn
 
-from edgekit.errors import SourceError, UnsupportedError
+from edgekit.errors import UnsupportedError
 from edgekit.sources import Source
-from edgekit.sources.quiet import quiet_transformers
+from edgekit.sources.picture_model import whole_model
 
 __all__ = ["FAMILIES", "VisionSide", "open_vision", "vision_to_onnx", "vision_to_openvino"]
 
@@ -70,29 +70,14 @@ def open_vision(source: Source) -> VisionSide:
         SourceError: if a tensor of the vision side is missing or has another shape.
         UnsupportedError: for a family whose vision side is not known.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = 0
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []
-    with quiet_transformers():  # it reports every layer that was left out
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source.directory,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    model, found = loaded
-    wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
-    if wrong:
-        raise SourceError(
-            f"{source.directory}: tensor {sorted(wrong)[0]!r} is missing or has another shape"
-        )
-    return VisionSide(model.eval())
+    return VisionSide(whole_model(source, config))
 
 
 def vision_to_openvino(side: VisionSide) -> ov.Model:

@@ -14,8 +14,6 @@ import openvino as ov
 from onnx import TensorProto
 from openvino import opset15 as op
 
-from edgekit.bundle import VisionFacts
-from edgekit.errors import SourceError
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import LinearWriter
 from edgekit.export.onnx_rounding import narrow_weights
@@ -29,17 +27,11 @@ from edgekit.models.config import DecoderConfig
 from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
 
-__all__ = ["vision_facts", "write_onnx_vision", "write_openvino_vision", "write_processor"]
+__all__ = ["write_onnx_vision", "write_openvino_vision", "write_processor"]
 
 TABLE = "model.embed_tokens"
 ROUNDED = ("int8", "int4")
 PROCESSOR = "preprocessor_config.json"
-# What stands around the image tokens of one whole picture, and for it in a prompt; None: the token.
-MARKERS: dict[str, tuple[str | None, str, str]] = {
-    "llava": (None, "", ""),
-    "smolvlm": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
-    "idefics3": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
-}
 
 
 def write_processor(source: Source, out: Path) -> None:
@@ -47,34 +39,6 @@ def write_processor(source: Source, out: Path) -> None:
     assert source.vision is not None
     text = json.dumps(source.vision.processor, indent=2, ensure_ascii=False)
     (out / PROCESSOR).write_text(text + "\n", encoding="utf-8")
-
-
-def vision_facts(source: Source, side: VisionSide, out: Path) -> VisionFacts:
-    """How pictures come into prompts, by the tokenizer in `out`.
-
-    Raises:
-        SourceError: if the tokenizer does not know the image token.
-    """
-    from tokenizers import Tokenizer
-
-    assert source.vision is not None
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    token = tokenizer.id_to_token(source.vision.image_token_id)
-    if token is None:
-        raise SourceError(
-            f"{source.directory}: its tokenizer has no token {source.vision.image_token_id}, which "
-            "config.json names as the image token; fetch the model again"
-        )
-    placeholder, before, after = MARKERS[source.vision.family]
-    return VisionFacts(
-        family=source.vision.family,
-        image_token_id=source.vision.image_token_id,
-        image_token=token,
-        tokens=side.tokens,
-        placeholder=placeholder or token,
-        before=before,
-        after=after,
-    )
 
 
 def write_openvino_vision(

@@ -120,11 +120,27 @@ class ImageProcessor:
         file = directory / PROCESSOR
         try:
             given = json.loads(file.read_text(encoding="utf-8"))
-            return cls._parsed(given)
         except FileNotFoundError as cause:
             raise BundleError(f"{file}: missing; the model reads no pictures") from cause
-        except (OSError, ValueError, TypeError, KeyError) as cause:
-            raise BundleError(f"{file}: damaged, or not an image processor's ({cause})") from cause
+        except (OSError, ValueError) as cause:
+            raise BundleError(f"{file}: damaged ({cause})") from cause
+        return cls.of(given, where=str(file))
+
+    @classmethod
+    def of(cls, settings: Any, *, where: str) -> "ImageProcessor":
+        """The processor that the contents of its file describe.
+
+        Args:
+            settings: a JSON object.
+            where: the file, named in errors.
+
+        Raises:
+            BundleError: if it is no image processor's, or asks for steps that are not known.
+        """
+        try:
+            return cls._parsed(settings)
+        except (ValueError, TypeError, KeyError) as cause:
+            raise BundleError(f"{where}: damaged, or not an image processor's ({cause})") from cause
 
     @classmethod
     def _parsed(cls, given: Any) -> "ImageProcessor":

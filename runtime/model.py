@@ -13,7 +13,7 @@ from edgekit.errors import EngineError, UsageError
 from edgekit.runtime.adapters import AdapterInfo, Adapters
 from edgekit.runtime.engine import Engine, EngineSettings, Floats, Integers
 from edgekit.runtime.generation import Generation, GenerationStats
-from edgekit.runtime.images import PROCESSOR, Picture
+from edgekit.runtime.images import PROCESSOR, ImageProcessor, Picture
 from edgekit.runtime.sampling import GenerationOptions, GenerationSettings
 from edgekit.runtime.session import Session
 from edgekit.runtime.text import Tokenizer
@@ -87,7 +87,9 @@ def load(
     _, module, kind = ENGINES[name]
     compiled: Engine = getattr(importlib.import_module(module), kind)(directory, manifest, settings)
     facts = manifest.vision
-    vision = None if facts is None else Vision(directory, facts, compiled.look)
+    vision = None
+    if facts is not None:
+        vision = Vision(ImageProcessor.read(directory), facts, compiled.look)
     return Model(
         manifest,
         name,

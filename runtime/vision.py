@@ -1,7 +1,6 @@
 """Pictures in prompts: placeholders become image tokens, pictures the embeddings behind them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from edgekit.bundle import VisionFacts
@@ -19,20 +18,16 @@ class Vision:
     """What a bundle needs beside its decoder to read pictures."""
 
     def __init__(
-        self, directory: Path, facts: VisionFacts, look: Callable[[Floats], Floats]
+        self, processor: ImageProcessor, facts: VisionFacts, look: Callable[[Floats], Floats]
     ) -> None:
-        """Read the picture processor of a bundle.
+        """Put the parts together.
 
         Args:
-            directory: the bundle.
-            facts: of its manifest.
-            look: the engine's graph of pictures.
-
-        Raises:
-            BundleError: if the processor's file is missing or damaged.
+            processor: from pictures to pixels.
+            facts: how pictures come into prompts.
+            look: from pixels to embeddings, the engine's graph.
         """
-        self._facts, self._look = facts, look
-        self._processor = ImageProcessor.read(directory)
+        self.processor, self._facts, self._look = processor, facts, look
 
     def features(self, pictures: Sequence[Picture]) -> Floats:
         """Embeddings of pictures one after the other, fp32 `[N * tokens, D]`.
@@ -41,7 +36,11 @@ class Vision:
             UsageError: for a picture that cannot be read.
             EngineError: if Pillow is not installed.
         """
-        return self.look(self._processor([read_image(picture) for picture in pictures]))
+        return self.look(self.pixels(pictures))
+
+    def pixels(self, pictures: Sequence[Picture]) -> Floats:
+        """Pictures scaled and normalised, fp32 `[N, 3, H, W]`; errors as `features`."""
+        return self.processor([read_image(picture) for picture in pictures])
 
     def look(self, pixels: Floats) -> Floats:
         """The same for pixels `[N, 3, H, W]` that the processor made."""

@@ -3,14 +3,16 @@
   perplexity        how well it predicts --text; bits per byte too
   agreement         how far it says what --teacher says on --text: KL, first tokens, flips
   passkey, niah-N   whether it finds a needle in texts of --lengths, by generating the answer
+  chair             how many objects it names that are not in the --pictures that it describes
+  pope              whether it says yes to objects that are not in the --pictures
 
-Text is read in windows without overlap (or --stride apart), each from an empty state. Needle tasks
-write every scored sample beside -o FILE, to FILE with the ending .samples.jsonl: the same command
-again goes on from there.
+Text is read in windows without overlap (or --stride apart), each from an empty state. Needle and
+picture tasks write every sample beside -o FILE, to FILE with the ending .samples.jsonl: the same
+command again goes on from there.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,9 @@ __all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "measure quality: perplexity, agreement with a teacher, retrieval from long texts"
 NEEDLES = ("passkey", "niah-1", "niah-2", "niah-3")  # numpy is too slow to load for --help
-TASKS = ("perplexity", "agreement", *NEEDLES)
+PICTURES = ("chair", "pope")
+TASKS = ("perplexity", "agreement", *NEEDLES, *PICTURES)
+SPLITS = ("random", "popular", "adversarial")
 HEADERS = ("length", "samples", "right", "share", "95% interval", "s/sample", "")
 JOURNAL = ".samples.jsonl"
 
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     _add_text_arguments(parser.add_argument_group("perplexity and agreement"))
     _add_needle_arguments(parser.add_argument_group("passkey and niah"))
+    _add_picture_arguments(parser.add_argument_group("chair and pope"))
 
 
 def _add_text_arguments(group: "argparse._ArgumentGroup") -> None:
@@ -78,7 +83,10 @@ def _add_needle_arguments(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument("--haystack", type=Path, metavar="FILE", help="essay of niah-2 and niah-3")
     group.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="of an answer (passkey: 16, niah: 128)"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="of an answer (passkey, pope: 16, niah: 128, chair: 512)",
     )
     group.add_argument("--batch", type=positive, metavar="N", help="prompts side by side")
     group.add_argument(
@@ -88,15 +96,33 @@ def _add_needle_arguments(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--plot", type=Path, metavar="PNG", help="draw length by depth")
 
 
+def _add_picture_arguments(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='one {"image": ..., "objects": [...]} per line; for pope without --split, one '
+        '{"image": ..., "text": ..., "label": "yes" or "no"}',
+    )
+    group.add_argument(
+        "--vocabulary", type=Path, metavar="FILE", help="chair: an object and its synonyms per line"
+    )
+    group.add_argument("--question", metavar="TEXT", help="chair: what is asked of each picture")
+    group.add_argument(
+        "--split", choices=SPLITS, help="pope: ask for objects that are there and such that are not"
+    )
+    group.add_argument(
+        "--spin", metavar="FILE|PRESET", help="of a source in PyTorch; a bundle has its own"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     for path in (args.output, args.plot):  # before hours of measuring
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
-    if args.task in NEEDLES:
-        row, table = _retrieval(args)
-    else:
-        row, table = _on_text(args)
+    kind = _retrieval if args.task in NEEDLES else _seen if args.task in PICTURES else _on_text
+    row, table = kind(args)
     if args.output is not None:
         write_text(as_json(row), args.output)
     print(as_json(row) if args.json else table)
@@ -167,6 +193,67 @@ def _retrieval(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.plot is not None:
         draw_heatmap(result, args.plot)
     return dict(dump(result)), _cells_table(result)
+
+
+def _seen(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """CHAIR or POPE: the JSON and the table."""
+    from edgekit.cli.progress import Progress
+    from edgekit.eval.describing import open_describer
+
+    if args.pictures is None:
+        raise UsageError(f"task {args.task} needs pictures; give them with --pictures FILE.jsonl")
+    if args.plot is not None:
+        raise UsageError(f"--plot given for {args.task}; allowed: with {', '.join(NEEDLES)}")
+    measure = _chair if args.task == "chair" else _pope
+    options: dict[str, Any] = {
+        "journal": None if args.output is None else args.output.with_suffix(JOURNAL)
+    }
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    ready = measure(args)
+    with extra("convert"):
+        model = open_describer(
+            args.model,
+            engine=args.engine,
+            device=args.device,
+            threads=args.threads,
+            spin=args.spin,
+        )
+    with Progress() as progress:
+        row = dict(dump(ready(model, progress=progress.step, **options)))
+    figures = {key: _short(value) for key, value in row["figures"].items()}
+    head = {key: row[key] for key in ("model", "task", "engine", "device")}
+    return row, as_table({**head, **figures}.items())
+
+
+def _chair(args: argparse.Namespace) -> Callable[..., Any]:
+    """What is left to do with an opened model; whatever can be refused is refused before."""
+    from edgekit.eval.describing import DESCRIBE, chair_of
+    from edgekit.eval.objects import read_vocabulary
+    from edgekit.eval.pictures import read_pictures
+
+    if args.vocabulary is None:
+        raise UsageError("task chair needs to know objects; give them with --vocabulary FILE")
+    if args.split is not None:
+        raise UsageError("--split given for chair; allowed: with pope")
+    pictures, vocabulary = read_pictures(args.pictures), read_vocabulary(args.vocabulary)
+    question = args.question or DESCRIBE
+    return lambda model, **options: chair_of(
+        model, pictures, vocabulary, question=question, **options
+    )
+
+
+def _pope(args: argparse.Namespace) -> Callable[..., Any]:
+    from edgekit.eval.describing import pope_of
+    from edgekit.eval.pictures import read_pictures, read_questions, split
+
+    if args.vocabulary is not None or args.question is not None:
+        raise UsageError("--vocabulary or --question given for pope; allowed: with chair")
+    if args.split is None:
+        questions = read_questions(args.pictures)
+    else:
+        questions = split(read_pictures(args.pictures), args.split, seed=args.seed)
+    return lambda model, **options: pope_of(model, questions, **options)
 
 
 def _open(spec: str, logits: "Logits", args: argparse.Namespace) -> "Reader":

@@ -22,6 +22,7 @@ VERBS = (
     "distill",
     "tune",
     "adapter",
+    "spin",
     "run",
     "chat",
     "profile",

@@ -10,13 +10,27 @@ from typing import Any
 
 import torch
 
+from edgekit.bundle import VisionFacts
 from edgekit.errors import SourceError
 from edgekit.models.weights import WeightStore
 from edgekit.sources.base import VisionSource, read_json
 
-__all__ = ["VISION_FAMILIES", "TextStore", "is_vision_language", "text_config", "vision_source"]
+__all__ = [
+    "VISION_FAMILIES",
+    "TextStore",
+    "is_vision_language",
+    "text_config",
+    "vision_facts",
+    "vision_source",
+]
 
-VISION_FAMILIES = ("llava", "smolvlm", "idefics3")
+# What stands for a picture in a prompt (None: the image token), and around its image tokens.
+MARKERS: dict[str, tuple[str | None, str, str]] = {
+    "llava": (None, "", ""),
+    "smolvlm": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    "idefics3": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+}
+VISION_FAMILIES = tuple(MARKERS)
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")  # the key's new and old name
@@ -61,6 +75,40 @@ def vision_source(directory: Path, config: Mapping[str, Any]) -> VisionSource:
         family=str(config["model_type"]),
         image_token_id=found[0],
         processor=_image_processor(directory),
+    )
+
+
+def vision_facts(vision: VisionSource, directory: Path, tokens: int) -> VisionFacts:
+    """How pictures come into prompts.
+
+    Args:
+        vision: of the source.
+        directory: holds tokenizer.json.
+        tokens: embeddings of one picture.
+
+    Raises:
+        SourceError: if there is no tokenizer, or it does not know the image token.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise SourceError(f"{directory}: has no tokenizer.json, which prompts with pictures need")
+    token = Tokenizer.from_file(str(path)).id_to_token(vision.image_token_id)
+    if token is None:
+        raise SourceError(
+            f"{path}: has no token {vision.image_token_id}, which config.json names as the image "
+            "token; fetch the model again"
+        )
+    placeholder, before, after = MARKERS[vision.family]
+    return VisionFacts(
+        family=vision.family,
+        image_token_id=vision.image_token_id,
+        image_token=token,
+        tokens=tokens,
+        placeholder=placeholder or token,
+        before=before,
+        after=after,
     )
 
 

@@ -14,43 +14,60 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from edgekit.errors import UsageError
+from edgekit.kernels.head_gate.reference import kept_by_topk
 from edgekit.spin.torch_form import attention_modules
 
-__all__ = ["MeanScores", "fold_static", "lowest_heads"]
+__all__ = ["HeadStatistics", "fold_static", "lowest_heads"]
 
 
-class MeanScores:
-    """Mean score of each head over the gated queries; give its `observe` to `Spin.observed`.
+class HeadStatistics:
+    """How heads score over the gated queries; give its `observe` to `Spin.observed`.
 
     Example:
-        >>> mean = MeanScores()                                          # doctest: +SKIP
-        >>> with apply(model, config) as spin, spin.observed(mean.observe):
+        >>> heads = HeadStatistics()                                     # doctest: +SKIP
+        >>> with apply(model, config) as spin, spin.observed(heads.observe):
         ...     model.generate(**inputs)
-        >>> lowest_heads(mean.scores, 2)                                 # doctest: +SKIP
+        >>> lowest_heads(heads.scores, 2)                                # doctest: +SKIP
     """
 
-    def __init__(self) -> None:
-        """Nothing is seen yet."""
+    def __init__(self, suppress: int = 0) -> None:
+        """Nothing is seen yet; `frequency` counts the `suppress` lowest heads of each query."""
+        self._suppress = suppress
         self._sums: dict[int, torch.Tensor] = {}
+        self._lowest: dict[int, torch.Tensor] = {}
         self._counts: dict[int, int] = {}
 
     def observe(self, layer: int, scores: torch.Tensor, gate: torch.Tensor) -> None:
         """Add the gated queries of one call; an `edgekit.spin.torch_form.Observer`."""
-        gated = scores[gate]  # [N, H]
-        before = self._sums.get(layer, torch.zeros(scores.shape[-1], dtype=torch.float64))
-        self._sums[layer] = before + gated.double().sum(dim=0).cpu()
+        gated = scores[gate].double().cpu()  # [N, H]
+        kept = kept_by_topk(gated, gated.shape[-1] - self._suppress)
+        for totals, added in ((self._sums, gated), (self._lowest, (~kept).double())):
+            before = totals.get(layer, torch.zeros(gated.shape[-1], dtype=torch.float64))
+            totals[layer] = before + added.sum(dim=0)
         self._counts[layer] = self._counts.get(layer, 0) + len(gated)
 
     @property
     def scores(self) -> dict[int, torch.Tensor]:
-        """By layer, fp64 `[H]`.
+        """Mean score of each head by layer, fp64 `[H]`.
 
         Raises:
             UsageError: if no gated query was seen.
         """
+        return self._mean(self._sums)
+
+    @property
+    def frequency(self) -> dict[int, torch.Tensor]:
+        """Share of the queries that each head was among the lowest of, by layer, fp64 `[H]`.
+
+        Raises:
+            UsageError: if no gated query was seen.
+        """
+        return self._mean(self._lowest)
+
+    def _mean(self, totals: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         if not any(self._counts.values()):
             raise UsageError("no token after an image was seen; run the model on pictures first")
-        return {layer: total / self._counts[layer] for layer, total in self._sums.items()}
+        return {layer: total / self._counts[layer] for layer, total in totals.items()}
 
 
 def lowest_heads(scores: Mapping[int, torch.Tensor], suppress: int) -> dict[int, list[int]]:

@@ -62,7 +62,7 @@ def expected(vlm: TinyVlm, model: Model, prompt: str, pictures: list[Image.Image
     ids = torch.from_numpy(model.tokenizer.encode_prompt(text))[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if pictures:
-        pixels = torch.from_numpy(model._vision._processor(pictures))
+        pixels = torch.from_numpy(model._vision.processor(pictures))
         inputs["pixel_values"] = pixels[None] if vlm.family == "smolvlm" else pixels
     written = vlm.model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
@@ -150,7 +150,7 @@ def test_beams_with_a_picture(made: Callable[..., Made], engine: str) -> None:
     ids = torch.from_numpy(model.tokenizer.encode_prompt(model._vision.prompt(PROMPTS[0], 1)))
     written = vlm.model.generate(
         input_ids=ids[None],
-        pixel_values=torch.from_numpy(model._vision._processor([picture(6)])),
+        pixel_values=torch.from_numpy(model._vision.processor([picture(6)])),
         num_beams=3,
         max_new_tokens=8,
         do_sample=False,

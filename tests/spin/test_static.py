@@ -5,7 +5,7 @@ import torch
 
 from edgekit.errors import UsageError
 from edgekit.spin import SpinConfig, apply
-from edgekit.spin.static import MeanScores, fold_static, lowest_heads
+from edgekit.spin.static import HeadStatistics, fold_static, lowest_heads
 from edgekit.testing import TOLERANCE, assert_close
 from edgekit.testing_vlm import IMAGE, tiny_vlm
 
@@ -37,7 +37,7 @@ def test_folding_is_turning_heads_down_for_every_token(family: str) -> None:
 @torch.no_grad()
 def test_mean_scores_are_those_of_eager_attention() -> None:
     vlm = tiny_vlm("llava")
-    inputs, mean = vlm.inputs(ROW, ([5], None, [6, 7])), MeanScores()
+    inputs, mean = vlm.inputs(ROW, ([5], None, [6, 7])), HeadStatistics()
     with apply(vlm.model, SpinConfig(suppress=1, alpha=1.0)) as spin, spin.observed(mean.observe):
         vlm.model(**inputs)
     vlm.model.set_attn_implementation("eager")
@@ -68,4 +68,4 @@ def test_bad_choices() -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
     with pytest.raises(UsageError, match="no token after an image"):
-        _ = MeanScores().scores
+        _ = HeadStatistics().scores

@@ -23,7 +23,7 @@ from edgekit.eval.glyphs.methods import (
 )
 from edgekit.eval.glyphs.model import Model
 from edgekit.models.spin import SpinConfig
-from edgekit.spin.static import MeanScores, fold_static, lowest_heads
+from edgekit.spin.static import HeadStatistics, fold_static, lowest_heads
 from edgekit.spin.torch_form import apply
 
 __all__ = ["CONTROLS", "Scenes", "chosen_settings", "measured"]
@@ -103,7 +103,7 @@ def measured(model: Model, *, seed: int, scenes: int, progress: Progress) -> dic
 
 def _static(model: Model, spin: SpinConfig, validation: Scenes, test: Scenes) -> dict[str, Any]:
     """The heads with the lowest mean score, turned down for every token."""
-    mean = MeanScores()
+    mean = HeadStatistics()
     watching = replace(spin, alpha=1.0, image_token_ids=(world.IMAGE,))
     with apply(model, watching) as handle, handle.observed(mean.observe):
         model.generate(**inputs(validation.pixels), max_new_tokens=NEW_TOKENS, do_sample=False)

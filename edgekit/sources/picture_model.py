@@ -1,0 +1,137 @@
+"""A vision-language model of transformers, with pictures and text as they reach it on a device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgekit.errors import SourceError, UsageError
+from edgekit.runtime.images import ImageProcessor, Picture
+from edgekit.runtime.text import Tokenizer
+from edgekit.runtime.vision import Vision
+from edgekit.sources.base import Source
+from edgekit.sources.quiet import quiet_transformers
+from edgekit.sources.vlm import VISION_FAMILIES, vision_facts
+
+__all__ = ["PictureModel", "open_picture_model", "whole_model"]
+
+NESTED = ("smolvlm", "idefics3")  # take pixels as [rows, pictures, 3, H, W]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureModel:
+    """The model and what makes its inputs.
+
+    Attributes:
+        source: where it comes from.
+        model: of transformers, fp32, for inference.
+        tokenizer: text to ids and back.
+        vision: prompts and pixels.
+
+    Example:
+        >>> model = open_picture_model(open_source("llava"))            # doctest: +SKIP
+        >>> model.answer("What is in the picture?", ["dog.png"])        # doctest: +SKIP
+    """
+
+    source: Source
+    model: Any
+    tokenizer: Tokenizer
+    vision: Vision
+
+    def prompt(self, question: str, pictures: int) -> str:
+        """A question as the model was trained to be asked, with a placeholder per picture."""
+        if not self.tokenizer.has_chat_template:
+            return self.vision.prompt(question, pictures)
+        messages = [{"role": "user", "content": question}]
+        text = self.vision.chat_prompt(self.tokenizer.chat_prompt, messages, pictures)
+        return self.vision.prompt(text, pictures)
+
+    def inputs(self, prompt: str, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """Arguments of `model(...)` for one prompt.
+
+        Args:
+            prompt: of `prompt`.
+            pictures: in the order of their places.
+        """
+        ids = torch.from_numpy(self.tokenizer.encode_prompt(prompt))[None]
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pictures:
+            pixels = torch.from_numpy(self.vision.pixels(pictures))
+            nested = self.model.config.model_type in NESTED
+            found["pixel_values"] = pixels[None] if nested else pixels
+        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+
+    def answer(
+        self, question: str, pictures: Sequence[Picture], *, max_new_tokens: int = 64
+    ) -> str:
+        """What the model says, greedily."""
+        inputs = self.inputs(self.prompt(question, len(pictures)), pictures)
+        written = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return self.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def open_picture_model(source: Source) -> PictureModel:
+    """Open the whole model of a source in PyTorch.
+
+    Raises:
+        UsageError: if the source reads no pictures.
+        SourceError: if a tensor is missing or has another shape, or there is no tokenizer.
+        BundleError: if its image processor has steps that are not known.
+    """
+    if source.vision is None:
+        raise UsageError(
+            f"{source.name} reads no pictures; give a vision-language model of the families "
+            f"{', '.join(VISION_FAMILIES)}"
+        )
+    model = whole_model(source)
+    where = str(source.directory)
+    processor = ImageProcessor.of(source.vision.processor, where=where)
+    facts = vision_facts(source.vision, source.directory, _tokens(model))
+    vision = Vision(processor, facts, lambda pixels: _features(model, pixels))
+    return PictureModel(source, model, Tokenizer(source.directory), vision)
+
+
+def whole_model(source: Source, config: Any = None) -> Any:
+    """The model of transformers, fp32, for inference.
+
+    Args:
+        source: a vision-language model.
+        config: instead of the source's own, such as one with fewer layers.
+
+    Raises:
+        SourceError: if a tensor is missing or has another shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with quiet_transformers():  # it reports every tensor that a smaller config leaves out
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source.directory,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, found = loaded
+    wrong = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if wrong:
+        raise SourceError(
+            f"{source.directory}: tensor {sorted(wrong)[0]!r} is missing or has another shape"
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def _features(model: Any, pixels: Any) -> Any:
+    """Embeddings of pictures as numpy, `[N, tokens, D]`."""
+    given = torch.as_tensor(pixels)
+    if model.config.model_type in NESTED:
+        given = given[None]
+    found = model.model.get_image_features(given, return_dict=True).pooler_output
+    return torch.stack(list(found)).numpy()
+
+
+def _tokens(model: Any) -> int:
+    side = model.config.vision_config.image_size
+    return int(_features(model, torch.zeros(1, 3, side, side)).shape[1])
