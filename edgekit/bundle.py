@@ -82,7 +82,7 @@ class StateRecord:
 
     Attributes:
         layer: which decoder layer owns it.
-        kind: `conv` and `ssm` are constant in size; `key` and `value` grow along axis 2.
+        kind: `conv`, `ssm` and `spin` are constant in size; `key` and `value` grow along axis 2.
         openvino: the variable's name in the IR.
         onnx: input and output name in the ONNX graph.
         shape: -1 for the batch and for a growing axis.
@@ -90,7 +90,7 @@ class StateRecord:
     """
 
     layer: int
-    kind: Literal["conv", "ssm", "key", "value"]
+    kind: Literal["conv", "ssm", "key", "value", "spin"]
     openvino: str
     onnx: tuple[str, str]
     shape: tuple[int, ...]
@@ -175,7 +175,7 @@ class Manifest:
     @property
     def constant_memory(self) -> bool:
         """Whether no state grows with the sequence."""
-        return all(state.kind in ("conv", "ssm") for state in self.states)
+        return all(state.kind not in ("key", "value") for state in self.states)
 
 
 def read_manifest(directory: Path | str) -> Manifest:

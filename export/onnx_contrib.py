@@ -56,12 +56,13 @@ class ContribGraph(LolcatsGraph):
         """See `Graph.attention`; rotation, cache and softmax are one operator."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
         rotary, gated = False, config.is_gated(layer)
-        if gated:
+        wide = config.cached_width(layer) > config.head_dim
+        if wide:
             q, k, v = self._marked(q, k, v, name)
-        elif isinstance(q, Rotated) and isinstance(k, Rotated):
+        elif not gated and isinstance(q, Rotated) and isinstance(k, Rotated):
             rotary = config.head_dim % ROTARY_UNIT == 0
             q, k = (q.source, k.source) if rotary else (q, k)
-        packed = _packed(q, k, v)
+        packed = None if gated else _packed(q, k, v)  # SPIN reads the keys by themselves
         inputs = [packed, "", ""] if packed else [q.name, k.name, v.name]
         keys, values = self.state(layer, "key"), self.state(layer, "value")
         inputs += [keys[0], values[0], *self._lengths]
@@ -74,9 +75,14 @@ class ContribGraph(LolcatsGraph):
             num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
             do_rotary=int(rotary),
-            **({"scale": config.head_dim**-0.5} if gated else {}),  # the heads are wider
+            **({"scale": config.head_dim**-0.5} if wide else {}),  # the heads are wider
         )
-        return Value(self.head_gate.narrowed(y, name) if gated else y)
+        if wide:
+            return Value(self.head_gate.narrowed(y, name))
+        if config.sums_keys(layer):
+            sums = self.state(layer, "spin")
+            y = self.head_gate.gated_by_sums(y, q.name, k.name, sums, name)
+        return Value(y)
 
     def _norm(self, x: str, weight: str, name: str) -> str:
         return self.file.node(

@@ -41,7 +41,7 @@ __all__ = ["LAST_LOGITS", "OnnxGraph"]
 FEATURE_FLOOR = 1e-12
 LAST_LOGITS = "last_logits"
 END = np.iinfo(np.int64).max
-Kind = Literal["conv", "ssm", "key", "value"]
+Kind = Literal["conv", "ssm", "key", "value", "spin"]
 
 
 class OnnxGraph:
@@ -64,7 +64,7 @@ class OnnxGraph:
         if config.needs_positions:
             file.input("position_ids", TensorProto.INT64, ["batch", "time"])
         if config.spin is not None:
-            self.head_gate = HeadGateWriter(file, config, self.time)
+            self.head_gate = HeadGateWriter(file, config, self.time, lambda: self.mask)
         self._keep = file.optional_input("logits_to_keep", np.asarray(1, np.int64))
 
     def _declare_given(self) -> str:

@@ -86,8 +86,7 @@ class PortableGraph(LolcatsGraph):
         """See `Graph.attention`; the cache is a concatenation."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
         d, states, groups = config.cached_width(layer), config.num_kv_heads, config.groups
-        gated = config.is_gated(layer)
-        if gated:
+        if d > config.head_dim:
             q, k, v = self._marked(q, k, v, name)
         queries = self._head_major(q.name, config.num_heads, f"{name}.q")
         rows = self._reshape(queries, [0, states, -1, d], f"{name}.rows")
@@ -110,7 +109,12 @@ class PortableGraph(LolcatsGraph):
         y = self._reshape(y, [0, config.num_heads, -1, d], f"{name}.heads")
         y = self.file.node("Transpose", [y], f"{name}.out", perm=[0, 2, 1, 3])
         y = self._reshape(y, [0, 0, config.num_heads * d], f"{name}.flatten")
-        return Value(self.head_gate.narrowed(y, name) if gated else y)
+        if d > config.head_dim:
+            return Value(self.head_gate.narrowed(y, name))
+        if config.sums_keys(layer):
+            sums = self.state(layer, "spin")
+            y = self.head_gate.gated_by_sums(y, q.name, k.name, sums, name)
+        return Value(y)
 
     def _norm(self, x: str, name: str) -> str:
         weight = self.file.weight(f"{name}.weight", self.writer.array(f"{name}.weight"))

@@ -96,7 +96,8 @@ class Call:
     @cached_property
     def chunking(self) -> Chunking:
         """How LAWCAT layers cut time."""
-        image = None if self._config.spin is None else self.padded_gate.image
+        spin = self._config.spin
+        image = None if spin is None or spin.score != "mass" else self.padded_gate.image
         return Chunking.of(self.batch, self._padded, self._config, image)
 
     @cached_property
@@ -120,6 +121,12 @@ class Call:
     def padded_gate(self) -> HeadGate:
         """The same over T'."""
         return replace(self.gate, image=self.pad_time(self._image, 1))
+
+    @cached_property
+    def counted(self) -> Handle:
+        """1 on the image tokens of this call that are no padding, else 0, fp32 `[B, 1, T, 1]`."""
+        tokens = self._recent(self.inputs["attention_mask"].output(0))
+        return op.unsqueeze(op.multiply(self._image, tokens), ints([1, 3])).output(0)
 
     @cached_property
     def _image(self) -> Handle:

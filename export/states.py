@@ -43,7 +43,7 @@ def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
         ("key", config.head_dim),
         ("value", wide),
     )
-    return [
+    grown = [
         StateRecord(
             layer=layer,
             kind=kind,
@@ -54,6 +54,18 @@ def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:
         )
         for kind, width in kinds
     ]
+    return [*grown, _spin(config, layer)] if config.sums_keys(layer) else grown
+
+
+def _spin(config: DecoderConfig, layer: int) -> StateRecord:
+    """The sum of the image keys so far and, in the last column, how many they are."""
+    return StateRecord(
+        layer=layer,
+        kind="spin",
+        openvino=f"past_key_values.{layer}.spin",
+        onnx=(f"past_key_values.{layer}.spin", f"present.{layer}.spin"),
+        shape=(-1, config.num_kv_heads, config.head_dim + 1),
+    )
 
 
 def _lawcat(config: DecoderConfig, layer: int) -> list[StateRecord]:

@@ -149,18 +149,27 @@ class OpenVinoGraph:
         """Attention over stateful keys and values, in the form that the plug-in fuses."""
         config = self._config
         q, k, v = (self._heads(self._call.unpadded(x), config.head_dim) for x in (q, k, v))
-        name, gated, d = f"past_key_values.{layer}", config.is_gated(layer), config.head_dim
-        if gated:
-            v = self._call.gate.marked(v, config.cached_width(layer) - d).output(0)
+        name, d, width = f"past_key_values.{layer}", config.head_dim, config.cached_width(layer)
+        if width > d:
+            v = self._call.gate.marked(v, width - d).output(0)
         keys = self._grown(k, f"{name}.key", d)
-        values = self._grown(v, f"{name}.value", config.cached_width(layer))
+        values = self._grown(v, f"{name}.value", width)
         y = op.scaled_dot_product_attention(q, keys, values, self._call.visible)
         y = named(y, f"model.layers.{layer}.self_attn.attention")
-        if gated:
+        if width > d:
             mass = sliced(y, ints([d]), ints([d + 1]), 3)
             y = self._call.gate.gated(sliced(y, ints([0]), ints([d]), 3), mass)
+        elif config.sums_keys(layer):
+            y = self._call.gate.gated_by_sums(y, q, self._summed(k, f"{name}.spin"))
         joined = self._joined(y)
         return self._call.pad_time(joined, 1) if self._call.recurrent else joined
+
+    def _summed(self, k: Handle, name: str) -> Handle:
+        """Sums of image keys for each query, `HeadGate.summed`; the last row is the state."""
+        past = self._state(name, [self._config.num_kv_heads, self._config.head_dim + 1])
+        sums = self._call.gate.summed(k, self._call.counted, past)
+        self._assign(op.gather(sums, ints(-1), ints(2)).output(0), name)
+        return sums
 
     def causal_conv(
         self, q: Handle, k: Handle, q_name: str, k_name: str, layer: int

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_a_manifest_reads_back_equal(tmp_path: Path) -> None:
     assert set(manifest.files) == {"model.onnx", "part/extra.bin"}
     assert manifest.constant_memory
     check_files(tmp_path / "b", manifest)
+
+
+@pytest.mark.parametrize("kind", ["conv", "ssm", "spin", "key", "value"])
+def test_memory_is_constant_where_no_state_grows(kind: Any, tmp_path: Path) -> None:
+    manifest = fill(tmp_path / "b")
+    states = (STATE, replace(STATE, kind=kind))
+    assert replace(manifest, states=states).constant_memory is (kind not in ("key", "value"))
 
 
 def test_fingerprint_follows_the_files_only(tmp_path: Path) -> None:

@@ -19,7 +19,14 @@ from edgekit.errors import UsageError
 from edgekit.kernels.head_gate.reference import SEEN, gated_queries, head_factors
 from edgekit.mixers.graph import Graph
 
-__all__ = ["MixerContext", "State", "TokenMixer", "mixer_names", "mixer_type"]
+__all__ = [
+    "MixerContext",
+    "State",
+    "TokenMixer",
+    "image_tokens",
+    "mixer_names",
+    "mixer_type",
+]
 
 State = dict[str, torch.Tensor]
 Form = Literal["parallel", "chunked", "recurrent"]
@@ -118,22 +125,40 @@ class TokenMixer(nn.Module):
 
         What a head returns in that column is the share of its weight that image tokens have.
         """
-        if self.spin is None:
+        if self.spin is None or self.sums_keys:
             return v
-        image = v.new_zeros(v.shape[:2]) if context.image is None else context.image.to(v.dtype)
+        image = image_tokens(v, context).to(v.dtype)
         return torch.cat((v, image[..., None, None].expand(*v.shape[:3], 1)), dim=-1)
 
-    def gated(self, y: torch.Tensor, context: MixerContext) -> torch.Tensor:
-        """The heads `[B, T, H, d]`, or with the column of `marked`, side by side `[B, T, H d]`."""
+    @property
+    def sums_keys(self) -> bool:
+        """Whether heads are scored by a sum of image keys, and not by the column of `marked`."""
+        return self.spin is not None and self.spin.score == "logit"
+
+    def gated(
+        self,
+        y: torch.Tensor,
+        context: MixerContext,
+        looks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The heads, turned down where SPIN asks, side by side `[B, T, H d]`.
+
+        Args:
+            y: `[B, T, H, d]`, or with the column of `marked`.
+            context: of this step.
+            looks: how far heads look at the image, `[B, T, H]`, and whether a query sees one, bool
+                `[B, T]`; None: what the column says.
+        """
         if self.spin is None:
             return y.flatten(2)
-        y, mass = y[..., :-1], y[..., -1]
-        sees = mass.sum(dim=-1) > SEEN
-        image = torch.zeros_like(sees) if context.image is None else context.image.bool()
-        gate = gated_queries(sees, image, self.spin.queries)
+        if looks is None:
+            y, mass = y[..., :-1], y[..., -1]
+            looks = mass, mass.sum(dim=-1) > SEEN
+        scores, sees = looks
+        gate = gated_queries(sees, image_tokens(y, context), self.spin.queries)
         kept = self.spin.kept(y.shape[2])
-        factors = head_factors(mass, gate, kept, self.spin.alpha, self.spin.lowering)
-        return (y * factors[..., None]).flatten(2)
+        factors = head_factors(scores, gate, kept, self.spin.alpha, self.spin.lowering)
+        return (y * factors[..., None].to(y.dtype)).flatten(2)
 
     @abstractmethod
     def mix(
@@ -167,6 +192,13 @@ class TokenMixer(nn.Module):
         """
         fresh = self.fresh_tensors(self.config, layer)
         self.load_state_dict({**fresh, **tensors}, strict=True)
+
+
+def image_tokens(x: torch.Tensor, context: MixerContext) -> torch.Tensor:
+    """Which tokens of `x [B, T, ...]` belong to an image, bool `[B, T]`."""
+    if context.image is None:
+        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    return context.image.bool()
 
 
 def mixer_names() -> list[str]:

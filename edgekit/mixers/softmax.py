@@ -1,6 +1,8 @@
 """Softmax attention, as the teacher has it: grouped queries, rotary positions, a key-value cache.
 
-The cache grows by one key and one value per token: `key` and `value`, `[B, Hkv, S, d]`.
+The cache grows by one key and one value per token: `key` and `value`, `[B, Hkv, S, d]`. Where SPIN
+scores heads by their logits there is also `spin`, fp32 `[B, Hkv, d + 1]`, constant in size: the sum
+of the image keys so far, and how many they are.
 """
 
 from collections.abc import Mapping
@@ -9,7 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer
+from edgekit.kernels.head_gate.reference import image_sums, summed_logits
+from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer, image_tokens
 from edgekit.mixers.graph import Graph
 
 __all__ = ["Mixer"]
@@ -23,8 +26,10 @@ class Mixer(TokenMixer):
     ) -> tuple[torch.Tensor, State]:
         """Attend from `x [B, T, D]` to the cache and itself."""
         q, k, v = self.project(x)
-        v = self.marked(v, context)
-        q, k, v = (t.transpose(1, 2) for t in (context.rotate(q), context.rotate(k), v))
+        q, k, v = context.rotate(q), context.rotate(k), self.marked(v, context)
+        sums = self._image_sums(k, context, state)
+        looks = None if sums is None else (summed_logits(q, sums), sums[:, :, 0, -1] > 0)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if state is not None:
             k, v = torch.cat((state["key"], k), dim=2), torch.cat((state["value"], v), dim=2)
         plain = state is None and context.past_mask is None  # then torch needs no mask in memory
@@ -32,7 +37,21 @@ class Mixer(TokenMixer):
         y = functional.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=plain, enable_gqa=True
         )
-        return self.gated(y.transpose(1, 2), context), {"key": k, "value": v}
+        after = {"key": k, "value": v}
+        if sums is not None:
+            after["spin"] = sums[:, -1].clone()  # a view would keep the sums of every query
+        return self.gated(y.transpose(1, 2), context, looks), after
+
+    def _image_sums(
+        self, k: torch.Tensor, context: MixerContext, state: State | None
+    ) -> torch.Tensor | None:
+        """`image_sums` of rotated keys `[B, T, Hkv, d]` without padding; None: SPIN needs none."""
+        if not self.sums_keys:
+            return None
+        image = image_tokens(k, context)
+        if context.mask is not None:
+            image = image & context.mask.bool()
+        return image_sums(k, image, None if state is None else state["spin"])
 
     @staticmethod
     def fresh_tensors(config: MixerConfig, layer: int) -> Mapping[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edgekit.errors import UsageError
+from edgekit.errors import UnsupportedError, UsageError
 from edgekit.models.spin import SpinConfig
 
 __all__ = ["DecoderConfig", "LawcatConfig", "LolcatsConfig", "RopeConfig"]
@@ -169,8 +169,12 @@ class DecoderConfig:
     def _check_spin(self, spin: SpinConfig) -> None:
         spin.kept(self.num_heads)
         chosen = {self.mixers[layer] for layer in spin.chosen(self.num_layers)}
-        if spin.score != "mass":
-            raise UsageError(f"spin score {spin.score!r} given; a decoder reads 'mass' alone")
+        if spin.score == "logit" and chosen != {"softmax"}:
+            raise UnsupportedError(
+                "spin score 'logit' is a sum of softmax logits, which "
+                f"{' and '.join(sorted(chosen - {'softmax'}))} layers do not have; leave them out "
+                "of spin.layers, or score by 'mass'"
+            )
         if "lawcat" in chosen and not self.lawcat.normaliser:
             raise UsageError("SPIN reads the share of a LAWCAT head from its normaliser; keep it")
 
@@ -197,16 +201,21 @@ class DecoderConfig:
     @property
     def value_columns(self) -> int:
         """Columns of the exported state: values, normaliser, indicator, padding to 8."""
-        indicator = int(self.spin is not None)
+        indicator = int(self.spin is not None and self.spin.score == "mass")
         return -(-(self.head_dim + 1 + indicator) // 8) * 8
 
     def is_gated(self, layer: int) -> bool:
         """Whether SPIN turns down heads of this layer."""
         return self.spin is not None and layer in self.spin.chosen(self.num_layers)
 
+    def sums_keys(self, layer: int) -> bool:
+        """Whether SPIN scores the heads of this softmax layer by a running sum of image keys."""
+        return self.is_gated(layer) and self.spin is not None and self.spin.score == "logit"
+
     def cached_width(self, layer: int) -> int:
         """Columns of a softmax layer's exported values: the head, and SPIN's indicator."""
-        return self.head_dim + INDICATOR_COLUMNS * self.is_gated(layer)
+        marked = self.is_gated(layer) and not self.sums_keys(layer)
+        return self.head_dim + INDICATOR_COLUMNS * marked
 
     @property
     def needs_positions(self) -> bool:

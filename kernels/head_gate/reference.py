@@ -3,11 +3,17 @@
 The `kept` heads with the largest scores keep their output, the others' is multiplied with alpha; of
 equal scores the first head's counts as larger, as ONNX TopK has it. Nothing is renormalised, and a
 query outside the gate keeps all its heads.
+
+A score is either a head's share of attention on the image, or the sum of its logits there. A sum of
+dot products is a dot product with a sum, so the second needs one vector per key head, S = sum of
+the image keys so far; a count of them goes along, as no sum says whether there were any.
 """
 
 from typing import Literal
 
 import torch
+
+from edgekit.kernels.precision import widened
 
 __all__ = [
     "SEEN",
@@ -15,8 +21,10 @@ __all__ = [
     "Queries",
     "gated_queries",
     "head_factors",
+    "image_sums",
     "kept_by_rank",
     "kept_by_topk",
+    "summed_logits",
 ]
 
 Queries = Literal["text", "last"]
@@ -64,6 +72,39 @@ def gated_queries(sees: torch.Tensor, image: torch.Tensor, queries: Queries) -> 
     last = torch.zeros_like(sees)
     last[:, -1] = sees[:, -1]
     return last
+
+
+def image_sums(
+    key: torch.Tensor, image: torch.Tensor, past: torch.Tensor | None = None
+) -> torch.Tensor:
+    """S of every query: the image keys at or before it, summed; in the last column, their number.
+
+    Args:
+        key: of this call, after positions, `[B, T, G, D]`.
+        image: which of them belong to an image, bool `[B, T]`.
+        past: the sums of the last query of the call before, `[B, G, D + 1]`; None: of nothing.
+
+    Returns:
+        fp32 (fp64 for fp64 keys) `[B, T, G, D + 1]`.
+    """
+    key = widened(key)
+    counted = torch.cat((key, torch.ones_like(key[..., :1])), dim=-1)
+    sums = (counted * image[..., None, None]).cumsum(dim=1)
+    return sums if past is None else sums + past[:, None]
+
+
+def summed_logits(query: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Each head's logits on the image, summed: q . S, without the scale, which keeps the order.
+
+    Args:
+        query: after positions, `[B, T, H, D]`; head h reads key head h // (H / G).
+        sums: what `image_sums` returned, `[B, T, G, D + 1]`.
+
+    Returns:
+        fp32 (fp64 for fp64 queries) `[B, T, H]`.
+    """
+    grouped = widened(query).reshape(*sums.shape[:3], -1, query.shape[3])  # [B, T, G, H / G, D]
+    return (grouped * sums[..., None, :-1]).sum(dim=-1).flatten(2)
 
 
 def head_factors(

@@ -13,6 +13,7 @@ import openvino as ov
 import pytest
 import torch
 
+from edgekit.bundle import StateRecord
 from edgekit.errors import UnsupportedError, UsageError
 from edgekit.export.states import state_records
 from edgekit.export.to_onnx import write_onnx
@@ -24,23 +25,28 @@ from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 from edgekit.runtime.state import state_shape
 from edgekit.testing import scrambled_decoder
 
-LAYOUTS = {
-    "softmax": (("softmax",) * 3, "q_head"),
-    "lawcat-q": (("lawcat",) * 3, "q_head"),
-    "lawcat-kv": (("lawcat",) * 3, "kv_head"),
-    "hybrid": (("softmax", "lawcat", "softmax"), "kv_head"),
-}
 SPIN = SpinConfig(suppress=2, alpha=0.25)
+SUMS = replace(SPIN, score="logit")
+LAYOUTS = {
+    "softmax": (("softmax",) * 3, "q_head", SPIN),
+    "softmax-sums": (("softmax",) * 3, "q_head", SUMS),
+    "lawcat-q": (("lawcat",) * 3, "q_head", SPIN),
+    "lawcat-kv": (("lawcat",) * 3, "kv_head", SPIN),
+    "hybrid": (("softmax", "lawcat", "softmax"), "kv_head", SPIN),
+    "hybrid-sums": (("softmax", "lawcat", "softmax"), "kv_head", replace(SUMS, layers=(2, 3))),
+}
 BLOCKS = (1, 7, 64, 65, 1, 1, 70, 1)
 MAX_ABS = 1e-4
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def model_of(
-    checkpoint: Path, layout: str, spin: SpinConfig | None = SPIN
+    checkpoint: Path, layout: str, *, spun: bool = True, **options: Any
 ) -> tuple[DecoderConfig, WeightStore, Decoder]:
-    """A decoder whose heads look at very different things."""
-    config, weights, _ = scrambled_decoder(checkpoint, *LAYOUTS[layout])
+    """A decoder whose heads look at very different things; `options` change its SPIN."""
+    mixers, sharing, given = LAYOUTS[layout]
+    spin = replace(given, **options) if spun else None
+    config, weights, _ = scrambled_decoder(checkpoint, mixers, sharing)
     sharp = {n: 5 * weights.tensor(n) for n in weights if n.endswith("q_proj.weight")}
     weights = OverlayStore(MemoryStore(sharp), weights)
     config = replace(config, spin=spin)
@@ -102,6 +108,10 @@ class OpenVino(Caller):
     def called(self, feed: dict[str, np.ndarray]) -> np.ndarray:
         return self.request.infer({n: feed[n] for n in self.names})["logits"][:, -1].copy()
 
+    def carried(self, record: StateRecord) -> np.ndarray:
+        (found,) = (s for s in self.request.query_state() if s.name == record.openvino)
+        return found.state.data
+
 
 class Onnx(Caller):
     """One ONNX Runtime session; every call allocates its states."""
@@ -130,6 +140,9 @@ class Onnx(Caller):
         joined = [np.concatenate(arrays) for arrays in zip(*found, strict=True)]
         self.states = dict(zip(self.outputs, joined, strict=True))
         return self.states["logits"][:, -1]
+
+    def carried(self, record: StateRecord) -> np.ndarray:
+        return self.states[record.onnx[1]]
 
 
 ENGINES: dict[str, Callable[..., Any]] = {
@@ -161,11 +174,10 @@ def test_ragged_blocks_equal_one_pass(
     engine: Callable[..., Any],
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
-    spin = replace(SPIN, lowering=lowering)  # type: ignore[arg-type]
-    config, weights, decoder = model_of(tiny_checkpoint(family), layout, spin)
+    config, weights, decoder = model_of(tiny_checkpoint(family), layout, lowering=lowering)
     ids, image = sequence(config, 2)
     expected = reference(decoder, ids, image)
-    plain = reference(model_of(tiny_checkpoint(family), layout, None)[2], ids, image)
+    plain = reference(model_of(tiny_checkpoint(family), layout, spun=False)[2], ids, image)
     assert np.abs(expected[:, -1] - plain[:, -1]).max() > 100 * MAX_ABS
     call, end = engine(config, weights), 0
     for size in BLOCKS:
@@ -179,9 +191,7 @@ def test_ragged_blocks_equal_one_pass(
 def test_the_last_position_of_each_call(
     layout: str, engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    config, weights, decoder = model_of(
-        tiny_checkpoint("llama"), layout, replace(SPIN, queries="last")
-    )
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), layout, queries="last")
     ids, image = sequence(config, 2)
     call, end, state = engine(config, weights), 0, None
     for size in BLOCKS:
@@ -226,15 +236,15 @@ def test_no_image_is_the_plain_graph(
         assert np.abs(difference).max() <= MAX_ABS / 10
 
 
-@pytest.mark.parametrize("layout", ["softmax", "hybrid"])
-@pytest.mark.parametrize("spin", [None, SPIN], ids=["plain", "spin"])
+@pytest.mark.parametrize("layout", ["softmax", "softmax-sums", "hybrid", "hybrid-sums"])
+@pytest.mark.parametrize("spun", [False, True], ids=["plain", "spin"])
 def test_embeddings_stand_for_tokens(
     layout: str,
-    spin: SpinConfig | None,
+    spun: bool,
     engine: Callable[..., Any],
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
-    config, weights, decoder = model_of(tiny_checkpoint("llama"), layout, spin)
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), layout, spun=spun)
     x = torch.randn(2, 90, config.hidden_size)
     image = sequence(config, 2)[1][:, :90]
     call = engine(replace(config, reads="embeddings"), weights)
@@ -245,7 +255,7 @@ def test_embeddings_stand_for_tokens(
         assert np.abs(logits - expected[:, end - 1]).max() <= MAX_ABS
 
 
-@pytest.mark.parametrize("layout", ["softmax", "hybrid"])
+@pytest.mark.parametrize("layout", ["softmax", "softmax-sums", "hybrid", "hybrid-sums"])
 def test_the_flag_channel_says_where_images_lie(
     layout: str, tiny_checkpoint: Callable[..., Path]
 ) -> None:
@@ -268,20 +278,65 @@ def test_the_flag_channel_says_where_images_lie(
 def test_only_chosen_layers_are_gated(
     engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    spin = replace(SPIN, layers=(1, 3))
-    config, weights, decoder = model_of(tiny_checkpoint("llama"), "hybrid", spin)
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), "hybrid", layers=(1, 3))
     ids, image = sequence(config, 2)
     logits = engine(config, weights)(ids, image)
     assert np.abs(logits - reference(decoder, ids, image)[:, -1]).max() <= MAX_ABS
 
 
-def test_attention_stays_fused(tiny_checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("layout", ["softmax", "softmax-sums"])
+@pytest.mark.parametrize("queries", ["text", "last"])
+def test_attention_stays_fused(
+    layout: str, queries: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
     """One node per layer in the compiled graph, and no softmax of ours."""
-    config, weights, _ = model_of(tiny_checkpoint("llama"), "softmax")
+    config, weights, _ = model_of(tiny_checkpoint("llama"), layout, queries=queries)
     runtime = OpenVino(config, weights).compiled.get_runtime_model()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in runtime.get_ops()]
     assert sum("ScaledDotProductAttention" in kind for kind in kinds) == 3
     assert not [kind for kind in kinds if "Softmax" in kind or "SoftMax" in kind]
+
+
+def test_sums_of_keys_are_the_torch_decoders(
+    engine: Callable[..., Any], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Constant in size, with the number of image keys; a padded image token is none."""
+    config, weights, decoder = model_of(tiny_checkpoint("llama"), "softmax-sums")
+    ids, image = sequence(config, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    call = engine(config, weights)
+    with torch.inference_mode():
+        state = decoder(ids, image=image, mask=mask)[1]
+    call(ids[:, :70], image[:, :70], mask[:, :70])
+    call(ids[:, 70:71], image[:, 70:71], mask[:, 70:71])
+    call(ids[:, 71:], image[:, 71:], mask[:, 71:])
+    records = [record for record in state_records(config) if record.kind == "spin"]
+    assert [record.layer for record in records] == [0, 1, 2]
+    for record in records:
+        expected = state[record.layer]["spin"].numpy()
+        actual = call.carried(record)
+        assert actual.shape == expected.shape == (2, *record.shape[1:])
+        assert expected[:, :, -1].tolist() == [[40.0] * 2, [20.0] * 2]
+        assert np.abs(actual - expected).max() <= MAX_ABS
+
+
+@pytest.mark.parametrize("score", ["mass", "logit"])
+@pytest.mark.parametrize("nothing", [{"suppress": 0}, {"suppress": 2, "alpha": 1.0}])
+def test_settings_that_change_nothing_leave_the_plain_graph(
+    nothing: dict[str, Any],
+    score: str,
+    engine: Callable[..., Any],
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    config, weights, _ = model_of(tiny_checkpoint("llama"), "softmax", spun=False)
+    inert = replace(config, spin=SpinConfig(score=score, **nothing))
+    assert state_records(inert) == state_records(config)
+    ids, image = sequence(config, 2)
+    calls = engine(inert, weights), engine(config, weights)
+    for part in (slice(0, 70), slice(70, 71)):
+        one, other = (call(ids[:, part], image[:, part]) for call in calls)
+        np.testing.assert_array_equal(one, other)
 
 
 def test_lolcats_layers_are_refused(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -4,9 +4,12 @@ import torch
 from edgekit.kernels.head_gate.reference import (
     gated_queries,
     head_factors,
+    image_sums,
     kept_by_rank,
     kept_by_topk,
+    summed_logits,
 )
+from edgekit.testing import TOLERANCE, assert_close
 
 
 @pytest.mark.parametrize("kept", [1, 3, 8])
@@ -44,3 +47,27 @@ def test_head_factors(lowering: str) -> None:
     gate = torch.tensor([[True, False]])
     found = head_factors(scores, gate, 2, 0.25, lowering)  # type: ignore[arg-type]
     assert found[0].tolist() == [[1.0, 0.25, 1.0], [1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 4, 8), (2, 63, 6, 2, 24), (3, 65, 9, 3, 16)], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_logits_by_a_running_sum_are_sums_of_logits(sizes: tuple[int, ...], dtype: str) -> None:
+    """Keys that come in two calls, against every product of a query with a key before it."""
+    B, T, H, G, D = sizes
+    random = torch.Generator().manual_seed(T)
+    query = torch.randn(B, T, H, D, generator=random).to(getattr(torch, dtype))
+    key = torch.randn(B, T, G, D, generator=random).to(getattr(torch, dtype))
+    image = torch.rand(B, T, generator=random) < 0.4
+    first = image_sums(key[:, : T // 2], image[:, : T // 2]) if T > 1 else None
+    past = None if first is None else first[:, -1]
+    rest = image_sums(key[:, T // 2 :], image[:, T // 2 :], past)
+    sums = rest if first is None else torch.cat((first, rest), dim=1)
+    assert torch.equal(sums[..., -1], image.cumsum(dim=1)[..., None].expand(B, T, G).to(sums))
+    repeated = key.repeat_interleave(H // G, dim=2).double()
+    products = torch.einsum("bthd,bjhd->bthj", query.double(), repeated)
+    counted = image[:, None] & torch.ones(T, T, dtype=torch.bool).tril()
+    expected = (products * counted[:, :, None]).sum(dim=-1)
+    actual = summed_logits(query, sums)
+    assert actual.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    ratio = TOLERANCE["float64" if dtype == "float64" else "float32"]
+    assert_close("logits", expected, actual, ratio=ratio)

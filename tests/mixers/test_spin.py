@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from edgekit.errors import UsageError
+from edgekit.errors import UnsupportedError, UsageError
 from edgekit.kernels.head_gate.reference import gated_queries, head_factors
 from edgekit.mixers.base import State, TokenMixer
 from edgekit.models.config import DecoderConfig, LawcatConfig, LolcatsConfig
 from edgekit.models.decoder import Decoder, DecoderLayer, step_context
 from edgekit.models.spin import SpinConfig
 from edgekit.spin import apply
+from edgekit.spin.scores import logit_score, visible_keys
 from edgekit.testing import TOLERANCE, assert_close
 from edgekit.testing_vlm import IMAGE, tiny_vlm
 
 BATCH, TIME, WIDTH, HEAD = 2, 30, 48, 32  # fewer tokens than a head is wide
 MIXERS = ("softmax", "lawcat", "lolcats")
 SPIN = SpinConfig(suppress=3, alpha=0.25)
+SUMS = replace(SPIN, score="logit")
+SPUN = [*((mixer, SPIN) for mixer in MIXERS), ("softmax", SUMS)]
 RATIO = TOLERANCE["float32"]
 
 
@@ -120,11 +123,46 @@ def test_heads_are_turned_down_by_their_weights(
     assert not torch.allclose(mixed(plain, x, image, mask)[seen], actual[seen], atol=1e-2)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("queries", ["text", "last"])
+@pytest.mark.parametrize("lowering", ["topk", "rank"])
+@pytest.mark.parametrize(("image", "mask"), [(PICTURES, None), (PADDED, MASK)], ids=["", "padded"])
+@torch.no_grad()
+def test_heads_are_turned_down_by_their_logits(
+    queries: str, lowering: str, image: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    spin = replace(SUMS, queries=queries, lowering=lowering)  # type: ignore[arg-type]
+    x, plain = given(), built("softmax")
+    rotate = step_context(plain.config, TIME, TIME, mask, "chunked").rotate  # type: ignore[arg-type]
+    q, k, _ = plain.project(x)
+    q, k = rotate(q).transpose(1, 2), rotate(k).transpose(1, 2)
+    visible = visible_keys(None, TIME, TIME, x.device)
+    logits = logit_score(q, k, image, visible, HEAD**-0.5).mT
+    gate = gated_queries(image.cumsum(dim=1) > 0, image, queries)  # type: ignore[arg-type]
+    factors = head_factors(logits, gate, 3, 0.25, "rank").repeat_interleave(HEAD, dim=-1)
+    expected = mixed(plain, x, image, mask) * factors
+    actual = mixed(built("softmax", spin), x, image, mask)
+    seen = MASK.bool() if mask is not None else torch.ones_like(MASK).bool()
+    assert_close("heads", expected[seen], actual[seen], ratio=RATIO)
+    by_mass = mixed(built("softmax", replace(spin, score="mass")), x, image, mask)
+    assert not torch.allclose(by_mass[seen], actual[seen], atol=1e-2)
+
+
+@torch.no_grad()
+def test_the_sum_of_keys_is_a_state_of_constant_size() -> None:
+    spun, image = built("softmax", SUMS), PADDED.clone()
+    image[0, 2] = True  # a padded place holds no image
+    context = step_context(spun.config, TIME, TIME, MASK, "chunked", None, image)  # type: ignore[arg-type]
+    state = spun.mix(given(), context)[1]["spin"]
+    assert (state.dtype, state.shape) == (torch.float32, (BATCH, 2, HEAD + 1))
+    assert state[..., -1].tolist() == [[4.0, 4.0], [4.0, 4.0]]
+    assert "spin" not in built("softmax", SPIN).mix(given(), context)[1]
+
+
+@pytest.mark.parametrize(("mixer", "spin"), SPUN)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "padded"])
-def test_forms_and_pieces_agree(mixer: str, mask: torch.Tensor | None) -> None:
+def test_forms_and_pieces_agree(mixer: str, spin: SpinConfig, mask: torch.Tensor | None) -> None:
     image = PICTURES if mask is None else PADDED
-    x, spun = given(), built(mixer, SPIN)
+    x, spun = given(), built(mixer, spin)
     expected = mixed(spun, x, image, mask)
     seen = torch.ones_like(MASK).bool() if mask is None else mask.bool()
     for form in ("parallel", "recurrent"):
@@ -135,25 +173,29 @@ def test_forms_and_pieces_agree(mixer: str, mask: torch.Tensor | None) -> None:
         assert_close(str(cuts), expected[seen], actual[seen], ratio=RATIO)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "spin"), SPUN)
 @pytest.mark.parametrize("sharing", ["q_head", "kv_head"])
-def test_without_images_nothing_changes(mixer: str, sharing: str) -> None:
+def test_without_images_nothing_changes(mixer: str, spin: SpinConfig, sharing: str) -> None:
     x = given()
     plain = mixed(built(mixer, state_sharing=sharing), x, None)
     for image in (None, torch.zeros(BATCH, TIME, dtype=torch.bool)):
-        actual = mixed(built(mixer, SPIN, state_sharing=sharing), x, image)
+        actual = mixed(built(mixer, spin, state_sharing=sharing), x, image)
         assert_close("heads", plain, actual, ratio=RATIO)
+        if spin.score == "logit":  # values are as they were
+            assert torch.equal(plain, actual)
 
 
 def test_what_changes_nothing_is_left_out() -> None:
     assert config("softmax", SpinConfig(suppress=0)).spin is None
     assert config("softmax", SpinConfig(suppress=3, alpha=1.0)).spin is None
+    assert config("softmax", replace(SUMS, suppress=0)).spin is None
     assert config("softmax", SPIN).spin == SPIN
 
 
 def test_settings_that_a_decoder_cannot_read() -> None:
-    with pytest.raises(UsageError, match="reads 'mass' alone"):
-        config("softmax", replace(SPIN, score="logit"))
+    for mixer in ("lawcat", "lolcats"):
+        with pytest.raises(UnsupportedError, match=f"which {mixer} layers do not have"):
+            config(mixer, SUMS)
     with pytest.raises(UsageError, match="normaliser"):
         config("lawcat", SPIN, normaliser=False)
     with pytest.raises(UsageError, match="suppress 6 given for 6 heads"):
@@ -169,15 +211,17 @@ def test_only_chosen_layers_are_gated() -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "llava-gqa"])
+@pytest.mark.parametrize("queries", ["text", "last"])
+@pytest.mark.parametrize("score", ["mass", "logit"])
 @torch.no_grad()
-def test_the_decoder_says_what_transformers_says(family: str) -> None:
+def test_the_decoder_says_what_transformers_says(family: str, queries: str, score: str) -> None:
     vlm = tiny_vlm(family)
     inputs = vlm.inputs(([5, 6], None, [7, 8, 9, 10, 11]), ([5, 6, 7], None, [8], None, [10]))
     caught: dict[str, torch.Tensor] = {}
     hook = vlm.model.model.language_model.register_forward_pre_hook(
         lambda _, __, kwargs: caught.update(x=kwargs["inputs_embeds"]), with_kwargs=True
     )
-    spin = SpinConfig(suppress=2, alpha=0.25)
+    spin = SpinConfig(suppress=2, alpha=0.25, score=score, queries=queries)  # type: ignore[arg-type]
     with apply(vlm.model, spin):
         expected = vlm.model(**inputs).logits
     hook.remove()
@@ -186,6 +230,8 @@ def test_the_decoder_says_what_transformers_says(family: str) -> None:
     seen = mask.bool()
     whole, _ = decoder(caught["x"], mask=mask, image=image)
     assert_close("logits", expected[seen], whole[seen], ratio=RATIO)
+    if queries == "last":  # of each call, and pieces are other calls
+        return
     state: list[State] | None = None
     for start, end in ((0, 20), (20, 21), (21, mask.shape[1])):
         now = caught["x"][:, start:end], mask[:, :end], image[:, start:end]
