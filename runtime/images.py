@@ -6,10 +6,10 @@ and how; on 8-bit pictures the numbers are the same.
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,13 @@ from edgekit.errors import BundleError, EngineError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageProcessor", "read_image"]
+__all__ = ["ImageProcessor", "normalised", "parsed_settings", "read_image"]
 
 MOST_PIXELS = 100_000_000
 PROCESSOR = "preprocessor_config.json"
 UNSUPPORTED = ("do_image_splitting", "do_pan_and_scan")
 Floats = npt.NDArray[np.float32]
+P = TypeVar("P")
 
 
 def read_image(source: "Path | str | bytes | Image") -> "Image":
@@ -116,19 +117,10 @@ class ImageProcessor:
         Raises:
             BundleError: if its file is missing or damaged, or asks for steps that are not known.
         """
-        file = directory / PROCESSOR
-        try:
-            given = json.loads(file.read_text(encoding="utf-8"))
-            return cls._parsed(given)
-        except FileNotFoundError as cause:
-            raise BundleError(f"{file}: missing; the model reads no pictures") from cause
-        except (OSError, ValueError, TypeError, KeyError) as cause:
-            raise BundleError(f"{file}: damaged, or not an image processor's ({cause})") from cause
+        return parsed_settings(directory, cls._parsed)
 
     @classmethod
-    def _parsed(cls, given: Any) -> "ImageProcessor":
-        if not isinstance(given, Mapping):
-            raise TypeError("no JSON object")
+    def _parsed(cls, given: Mapping[str, Any]) -> "ImageProcessor":
         asked = [name for name in UNSUPPORTED if given.get(name)]
         if asked:
             raise ValueError(f"{asked[0]} is not supported")
@@ -166,12 +158,7 @@ class ImageProcessor:
         values = np.asarray(image)
         if self.crop is not None:
             values = _middle(values, *self.crop)
-        found = values.astype(np.float32)
-        if self.rescale is not None:
-            found = (values.astype(np.float64) * self.rescale).astype(np.float32)
-        if self.mean is not None and self.std is not None:
-            mean, std = (np.asarray(three, np.float32) for three in (self.mean, self.std))
-            found = (found - mean) / std
+        found = normalised(values, self.rescale, self.mean, self.std)
         return np.ascontiguousarray(found.transpose(2, 0, 1))
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
@@ -182,6 +169,41 @@ class ImageProcessor:
         short, long = sorted((height, width))
         longer = int(self.size * long / short)
         return (self.size, longer) if height <= width else (longer, self.size)
+
+
+def parsed_settings(directory: Path, parse: Callable[[Mapping[str, Any]], P]) -> P:
+    """What `parse` makes of the image processor's file of a model or bundle directory.
+
+    Raises:
+        BundleError: if the file is missing or damaged, or `parse` raises a ValueError, TypeError or
+            KeyError.
+    """
+    file = directory / PROCESSOR
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(given, Mapping):
+            raise TypeError("no JSON object")
+        return parse(given)
+    except FileNotFoundError as cause:
+        raise BundleError(f"{file}: missing; the model reads no pictures") from cause
+    except (OSError, ValueError, TypeError, KeyError) as cause:
+        raise BundleError(f"{file}: damaged, or not an image processor's ({cause})") from cause
+
+
+def normalised(
+    values: npt.NDArray[np.uint8],
+    rescale: float | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Floats:
+    """Pixels of 0 to 255 `[H, W, 3]` in fp32: rescaled, and by channel less `mean`, over `std`."""
+    found = values.astype(np.float32)
+    if rescale is not None:
+        found = (values.astype(np.float64) * rescale).astype(np.float32)
+    if mean is None or std is None:
+        return found
+    centre, spread = (np.asarray(three, np.float32) for three in (mean, std))
+    return (found - centre) / spread
 
 
 def _size(given: Any) -> tuple[int, int] | int:
