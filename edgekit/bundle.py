@@ -66,6 +66,7 @@ VISION_ENGINE_FILES = {  # of a vision-language model: the language, its token t
         for ending in ("", ".data")
     ),
 }
+MERGER_FILES = tuple(f"openvino_vision_embeddings_merger_model.{e}" for e in ("xml", "bin"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,19 +125,24 @@ class VisionFacts:
         family: of the whole model, such as `llava`; the decoder's own is in `ModelFacts`.
         image_token_id: stands for one embedding of a picture among token ids.
         image_token: the same as text.
-        tokens: embeddings of one picture.
+        tokens: embeddings of one picture; None: as its size says, in patches.
         placeholder: stands for a picture in a prompt and in what the chat template writes.
+        inserted: what is put before a prompt without placeholders, for each picture.
         before: text that comes before the image tokens when they replace a placeholder.
         after: text that comes after them.
+        merge: patches along each side of one embedding, where pictures have any size and positions
+            three axes; None: pictures have one size.
     """
 
     family: str
     image_token_id: int
     image_token: str
-    tokens: int
+    tokens: int | None
     placeholder: str
+    inserted: str
     before: str = ""
     after: str = ""
+    merge: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,7 +170,10 @@ class Manifest:
 
     def engine_files(self, engine: str) -> tuple[str, ...]:
         """The graphs and weights of one engine, those that may not be there included."""
-        return (ENGINE_FILES if self.vision is None else VISION_ENGINE_FILES)[engine]
+        if self.vision is None:
+            return ENGINE_FILES[engine]
+        merging = engine == "openvino" and self.vision.merge is not None
+        return VISION_ENGINE_FILES[engine] + MERGER_FILES * merging
 
     @property
     def fingerprint(self) -> str:

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 
 from edgekit.errors import UsageError
+from edgekit.models.config import DecoderConfig, RopeConfig
+from edgekit.models.decoder import with_fresh_mixers
+from edgekit.models.weights import MemoryStore, WeightStore
 from edgekit.testing import write_tiny_tokenizer
 
-__all__ = ["TINY_VLMS", "TinyVlm", "tiny_vlm", "write_tiny_vlm"]
+__all__ = ["TINY_VLMS", "TinyVlm", "qwen_language", "tiny_vlm", "write_tiny_vlm"]
 
 IMAGE, VOCABULARY, SIDE, PATCH = 300, 320, 32, 8  # token id; tokens; pixels
 PAD, BOS, EOS, VISION_START, VISION_END = 0, 1, 2, 301, 302
@@ -27,8 +30,8 @@ PATCHES = (SIDE // PATCH) ** 2
 # Special tokens from `IMAGE` on, up to the vocabulary's end.
 MARKERS = (
     "<image>",
-    "<vision_start>",
-    "<vision_end>",
+    "<|vision_start|>",
+    "<|vision_end|>",
     "<fake_token_around_image>",
     "<global-img>",
 )
@@ -77,6 +80,21 @@ MROPE: Mapping[str, Any] = {
     "rope_type": "default",
     "rope_theta": 10000.0,
     "mrope_section": [2, 3, 3],
+}
+PATCHER: Mapping[str, Any] = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "do_resize": True,
+    "min_pixels": 2 * 2 * 16 * 16,
+    "max_pixels": 12 * 16 * 16,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48, 0.46, 0.41],
+    "image_std": [0.27, 0.26, 0.28],
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
 }
 
 
@@ -169,9 +187,42 @@ def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
     vlm = tiny_vlm(family, seed=seed)
     vlm.model.save_pretrained(directory)
     write_tiny_tokenizer(directory, added=ADDED, chat_template=CHAT_TEMPLATE)
-    text = json.dumps(PROCESSOR, indent=2)
+    text = json.dumps(PATCHER if family.startswith("qwen") else PROCESSOR, indent=2)
     (directory / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
     return vlm
+
+
+def qwen_language(vlm: TinyVlm, mixers: tuple[str, ...] = ()) -> tuple[DecoderConfig, WeightStore]:
+    """The language model of a Qwen2-VL or Qwen2.5-VL as a decoder of ours, under its names.
+
+    Args:
+        vlm: of either family.
+        mixers: of its layers; those that are no softmax have fresh values. None given: softmax.
+    """
+    text = vlm.model.config.text_config
+    config = DecoderConfig(
+        family="qwen2",
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=text.hidden_size // text.num_attention_heads,
+        context_length=text.max_position_embeddings,
+        rms_norm_eps=text.rms_norm_eps,
+        rope=RopeConfig(
+            theta=text.rope_parameters["rope_theta"],
+            mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        ),
+        qkv_bias=True,
+        tied_head=False,
+        mixers=mixers,
+    )
+    trunk = vlm.model.model.language_model.state_dict()
+    tensors = {f"model.{name}": tensor for name, tensor in trunk.items()}
+    tensors["lm_head.weight"] = vlm.model.lm_head.weight.detach()
+    return config, with_fresh_mixers(config, MemoryStore(tensors))
 
 
 Parts = tuple[str, Any, int, Callable[[int], dict[str, torch.Tensor]]]
@@ -207,17 +258,30 @@ def _llava(kv_heads: int) -> Parts:
 
 
 def _qwen2_vl() -> Parts:
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2}
-    config = _config(
-        "Qwen2VLConfig",
-        vision_config={**vision, "patch_size": PATCH, "temporal_patch_size": 2},
+    vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    return "Qwen2VLForConditionalGeneration", *_qwen("Qwen2VLConfig", vision)
+
+
+def _qwen2_5_vl() -> Parts:
+    """Windows of 2 x 2 merged patches in the first layer, the whole picture in the second."""
+    vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+    windows = {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
+    parts = _qwen("Qwen2_5_VLConfig", vision | windows)
+    return "Qwen2_5_VLForConditionalGeneration", *parts
+
+
+def _qwen(config: str, vision: dict[str, Any]) -> tuple[Any, int, Callable[[int], Any]]:
+    patches = {"depth": 2, "num_heads": 4, "patch_size": PATCH, "temporal_patch_size": 2}
+    made = _config(
+        config,
+        vision_config=vision | patches,
         text_config={**TEXT, "rope_parameters": dict(MROPE)},
         image_token_id=IMAGE,
         video_token_id=VOCABULARY - 1,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
-    return "Qwen2VLForConditionalGeneration", config, PATCHES // 4, _patch_pixels
+    return made, PATCHES // 4, _patch_pixels
 
 
 def _smolvlm() -> Parts:
@@ -250,6 +314,7 @@ TINY_VLMS: Mapping[str, Callable[[], Parts]] = {
     "llava": lambda: _llava(4),
     "llava-gqa": lambda: _llava(2),
     "qwen2-vl": _qwen2_vl,
+    "qwen2.5-vl": _qwen2_5_vl,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
 }

@@ -19,7 +19,7 @@ from edgekit.models.rope import rope_tables
 
 __all__ = ["ContribGraph"]
 
-ROTARY_UNIT = 16  # the operator rotates heads of a multiple of this width only
+ROTARY_UNIT = 16  # the operator rotates heads of a multiple of this width only, by one position
 HIDDEN = -1e9  # attention bias of padding; finite, so that a row of padding stays a number
 
 
@@ -60,7 +60,7 @@ class ContribGraph(LolcatsGraph):
         if wide:
             q, k, v = self._marked(q, k, v, name)
         elif not gated and isinstance(q, Rotated) and isinstance(k, Rotated):
-            rotary = config.head_dim % ROTARY_UNIT == 0
+            rotary = config.head_dim % ROTARY_UNIT == 0 and config.rope.mrope_section is None
             q, k = (q.source, k.source) if rotary else (q, k)
         packed = None if gated else _packed(q, k, v)  # SPIN reads the keys by themselves
         inputs = [packed, "", ""] if packed else [q.name, k.name, v.name]

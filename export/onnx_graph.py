@@ -17,6 +17,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.export.onnx_chunks import Chunks
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, repeat_heads
+from edgekit.export.onnx_positions import declare_positions, frequency_positions
 from edgekit.export.onnx_side import SideWriter
 from edgekit.export.onnx_spin import HeadGateWriter
 from edgekit.export.onnx_table import TokenTable
@@ -62,7 +63,7 @@ class OnnxGraph:
         self._table = TokenTable(file, writer)
         self._attention_mask = file.input("attention_mask", TensorProto.INT64, ["batch", "total"])
         if config.needs_positions:
-            file.input("position_ids", TensorProto.INT64, ["batch", "time"])
+            declare_positions(file, config.rope)
         if config.spin is not None:
             self.head_gate = HeadGateWriter(file, config, self.time, lambda: self.mask)
         self._keep = file.optional_input("logits_to_keep", np.asarray(1, np.int64))
@@ -254,9 +255,7 @@ class OnnxGraph:
     @functools.cached_property
     def _rotation(self) -> tuple[str, str]:
         """Cosines and sines of `position_ids`, `[B, T, 1, d / 2]`."""
-        number = self.file.node("Cast", ["position_ids"], "rope.cast", to=TensorProto.FLOAT)
-        axes = self.file.constant([2, 3])
-        steps = self.file.node("Unsqueeze", [number, axes], "rope.steps")
+        steps = frequency_positions(self.file, self.config.rope)
         table = inverse_frequencies(self.config.rope, self.config.head_dim).numpy()
         w = self.file.constant(table, "rope.frequencies")
         angles = self.file.node("Mul", [steps, w], "rope.angles")

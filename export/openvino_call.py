@@ -16,9 +16,9 @@ from edgekit.export.openvino_lawcat import Chunking, chunk_count
 from edgekit.export.openvino_spin import HeadGate
 from edgekit.export.openvino_values import at, ints, parameter, scalar, sliced, squeezed
 from edgekit.export.openvino_window import Bands
-from edgekit.export.states import EMBEDDINGS, IMAGE_MASK, input_names
+from edgekit.export.states import EMBEDDINGS, IMAGE_MASK, POSITIONS, input_names
 from edgekit.models.config import DecoderConfig
-from edgekit.models.rope import inverse_frequencies
+from edgekit.models.rope import frequency_axes, inverse_frequencies
 
 __all__ = ["Call"]
 
@@ -45,6 +45,8 @@ class Call:
         if name == EMBEDDINGS:
             width = self._config.hidden_size + self._config.image_flag
             return parameter(name, [-1, -1, width], ov.Type.f32)
+        if name == POSITIONS and self._config.rope.mrope_section is not None:
+            return parameter(name, [3, -1, -1], ov.Type.i64)
         return parameter(name, [-1, -1], ov.Type.i64)
 
     @cached_property
@@ -143,13 +145,21 @@ class Call:
     @cached_property
     def rotation(self) -> tuple[Handle, Handle]:
         """Cosines and sines `[B, 1, T', d]`, each half twice."""
-        positions = op.convert(op.unsqueeze(self.inputs["position_ids"], ints([1, 3])), "f32")
         frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
         table = op.constant(frequencies[None, None, None].numpy())
-        angles = op.multiply(positions, table).output(0)
+        angles = op.multiply(op.convert(self._positions, "f32"), table).output(0)
         if self.recurrent:
             angles = self.pad_time(angles, 2)
         return op.cos(angles).output(0), op.sin(angles).output(0)
+
+    @cached_property
+    def _positions(self) -> ov.Node:
+        """Positions `[B, 1, T, 1]`, or of the axis that each frequency turns by `[B, 1, T, d]`."""
+        given, sections = self.inputs[POSITIONS], self._config.rope.mrope_section
+        if sections is None:
+            return op.unsqueeze(given, ints([1, 3]))
+        per_frequency = op.gather(given, ints(frequency_axes(sections) * 2), ints(0))  # [d, B, T]
+        return op.unsqueeze(op.transpose(per_frequency, ints([1, 2, 0])), ints([1]))
 
     @cached_property
     def visible(self) -> Handle:

@@ -35,7 +35,7 @@ from edgekit.sources.adapters import AdapterChoice, parse_choice
 from edgekit.targets.schema import ENGINES
 
 if TYPE_CHECKING:
-    from edgekit.export.vision import VisionSide
+    from edgekit.export.vision_files import Side
 
 __all__ = ["ConvertReport", "convert"]
 
@@ -236,17 +236,17 @@ def _warnings(fidelity: tuple[Fidelity, ...]) -> list[str]:
     ]
 
 
-def _vision(plan: Plan) -> "VisionSide | None":
+def _vision(plan: Plan) -> "Side | None":
     if plan.source.vision is None:
         return None
-    from edgekit.export.vision import open_vision
+    from edgekit.export.vision_files import open_vision
 
     return open_vision(plan.source)
 
 
 def _write(
     plan: Plan,
-    side: "VisionSide | None",
+    side: "Side | None",
     work: Path,
     fidelity: tuple[Fidelity, ...],
     tell: Callable[[str], None],
@@ -263,7 +263,7 @@ def _write(
     return manifest
 
 
-def _write_processor(plan: Plan, side: "VisionSide", work: Path) -> VisionFacts:
+def _write_processor(plan: Plan, side: "Side", work: Path) -> VisionFacts:
     from edgekit.export.vision_files import write_processor
     from edgekit.sources.vlm import vision_facts
 
@@ -272,7 +272,7 @@ def _write_processor(plan: Plan, side: "VisionSide", work: Path) -> VisionFacts:
     return vision_facts(plan.source.vision, work, side.tokens)
 
 
-def _write_openvino(plan: Plan, side: "VisionSide | None", work: Path) -> None:
+def _write_openvino(plan: Plan, side: "Side | None", work: Path) -> None:
     from edgekit.export.openvino_file import write_openvino
 
     config = plan.config_for("openvino")
@@ -299,7 +299,7 @@ def _calibration_tokens(plan: Plan, work: Path) -> np.ndarray | None:
     return np.array(ids, dtype=np.int64)
 
 
-def _write_onnx(plan: Plan, side: "VisionSide | None", work: Path) -> None:
+def _write_onnx(plan: Plan, side: "Side | None", work: Path) -> None:
     from edgekit.export.to_onnx import write_onnx
 
     config = plan.config_for("onnx")
@@ -325,7 +325,7 @@ def _write_onnx(plan: Plan, side: "VisionSide | None", work: Path) -> None:
 
 
 def _verify(
-    plan: Plan, side: "VisionSide | None", work: Path, tell: Callable[[str], None]
+    plan: Plan, side: "Side | None", work: Path, tell: Callable[[str], None]
 ) -> dict[str, Verification]:
     ids = verification_tokens(_encoder(work), plan.config.context_limit)
     bounds = bounds_for(plan.weights_format, trained=plan.trained)

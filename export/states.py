@@ -9,6 +9,7 @@ from edgekit.models.config import DecoderConfig
 __all__ = [
     "EMBEDDINGS",
     "IMAGE_MASK",
+    "POSITIONS",
     "history_channels",
     "input_names",
     "refuse_gate",
@@ -18,6 +19,7 @@ __all__ = [
 
 EMBEDDINGS = "inputs_embeds"  # input: embeddings of tokens and images
 IMAGE_MASK = "spin_image_mask"  # input: 1 on the image tokens of a call, else 0
+POSITIONS = "position_ids"  # input: [B, T]; time, height and width [3, B, T] with M-RoPE
 
 
 def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
@@ -34,7 +36,7 @@ def input_names(config: DecoderConfig) -> tuple[str, ...]:
     first = EMBEDDINGS if config.reads == "embeddings" else "input_ids"
     masked = config.spin is not None and not config.image_flag
     positions = config.needs_positions
-    return (first, "attention_mask", *(IMAGE_MASK,) * masked, *("position_ids",) * positions)
+    return (first, "attention_mask", *(IMAGE_MASK,) * masked, *(POSITIONS,) * positions)
 
 
 def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:

@@ -1,9 +1,9 @@
 """Write a decoder as ONNX: `model.onnx` and `model.onnx.data`, and `genai_config.json` beside them.
 
 Inputs: `input_ids` int64 `[B, T]` or `inputs_embeds` fp32 `[B, T, D]`, `attention_mask` int64 `[B,
-S]` over everything so far, `position_ids` int64 `[B, T]` if a layer reads positions, the states,
-and an optional `logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of
-`onnx_side.py`.
+S]` over everything so far, `position_ids` int64 `[B, T]` (with M-RoPE `[3, B, T]`) if a layer reads
+positions, the states, and an optional `logits_to_keep` (int64 scalar, default 1); with adapter
+slots, the pairs of `onnx_side.py`.
 Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, and the states
 after, under the names of `states.state_records`.
 """

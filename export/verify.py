@@ -21,9 +21,10 @@ from edgekit.errors import SourceError, VerificationError
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import streamed_logits
 from edgekit.models.weights import WeightStore
+from edgekit.runtime.positions import mrope_positions
 
 if TYPE_CHECKING:
-    from edgekit.export.vision import VisionSide
+    from edgekit.export.vision_files import Side
 
 __all__ = ["Bounds", "Verification", "bounds_for", "verification_tokens", "verify_engine"]
 
@@ -135,7 +136,7 @@ def verify_engine(
     config: DecoderConfig,
     weights: WeightStore,
     bounds: Bounds,
-    side: "VisionSide | None" = None,
+    side: "Side | None" = None,
 ) -> Verification:
     """Run one engine against the reference.
 
@@ -184,29 +185,34 @@ def _verify_pictures(
     ids: np.ndarray,
     config: DecoderConfig,
     weights: WeightStore,
-    side: "VisionSide",
+    side: "Side",
 ) -> PictureVerification:
     """A picture of random pixels in the middle of some text, on the bundle and in PyTorch."""
     model = runtime.load(bundle, engine=engine, logits="all", check=False)
     facts = model.manifest.vision
     assert facts is not None
-    pixels = torch.randn(side.example[:1].shape, generator=torch.Generator().manual_seed(0))
-    features = side(pixels)[0]
-    seen = model.look_at(pixels.numpy())
+    seen, features = side.sample(torch.Generator().manual_seed(0))
+    pictures = model.look(seen)
     half = len(ids) // 2
-    picture = np.full(facts.tokens, facts.image_token_id)
+    picture = np.full(len(features), facts.image_token_id)
     prompt = np.concatenate((ids[:half], picture, ids[half:]))
     image = torch.from_numpy(prompt == facts.image_token_id)
     table = weights.tensor("model.embed_tokens.weight")
     given = functional.embedding(torch.from_numpy(prompt), table).float()
     given[image] = features
-    reference = streamed_logits(config, weights, given[None], image=image[None])[0]
-    actual = torch.from_numpy(model.session().append(prompt, pictures=seen)[0])
+    positions = None
+    if facts.merge is not None:
+        found, _ = mrope_positions(
+            prompt[None], seen.grids, facts.image_token_id, merge=facts.merge
+        )
+        positions = torch.from_numpy(found)
+    reference = streamed_logits(
+        config, weights, given[None], image=image[None], positions=positions
+    )[0]
+    actual = torch.from_numpy(model.session().append(prompt, pictures=pictures)[0])
+    shown = torch.from_numpy(pictures.features[:, : config.hidden_size])
     return PictureVerification(
-        features=float(
-            (torch.from_numpy(seen[:, : config.hidden_size]) - features).abs().max()
-            / features.abs().max()
-        ),
+        features=float((shown - features).abs().max() / features.abs().max()),
         max_abs=float((reference - actual).abs().max()),
         kl=float(_kl(reference, actual).mean()),
     )

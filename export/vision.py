@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
 import torch
 from torch import nn
 
 from edgekit.errors import UnsupportedError
-from edgekit.sources import Source
-from edgekit.sources.picture_model import whole_model
+from edgekit.runtime.vision import Seen
 
-__all__ = ["FAMILIES", "VisionSide", "open_vision", "vision_to_onnx", "vision_to_openvino"]
+__all__ = ["FAMILIES", "VisionSide", "vision_to_onnx", "vision_to_openvino"]
 
 PIXELS, FEATURES = "pixel_values", "last_hidden_state"  # as other runtimes call them
 ONNX_OPSET = 18
@@ -51,33 +51,23 @@ class VisionSide(nn.Module):
         return self._call(pixels)
 
     @property
-    def tokens(self) -> int:
-        """Embeddings of one picture."""
+    def tokens(self) -> int | None:
+        """Embeddings of one picture; None: as many as its size says."""
         with torch.no_grad():
             return int(self(self.example).shape[1])
+
+    def sample(self, random: torch.Generator) -> tuple[Seen, torch.Tensor]:
+        """A picture of random pixels, and its embeddings fp32 `[tokens, D]`."""
+        pixels = torch.randn(self.example[:1].shape, generator=random)
+        with torch.no_grad():
+            features = self(pixels)[0]
+        return Seen(({PIXELS: pixels.numpy()},), np.zeros((1, 3), np.int64)), features
 
     @property
     def example(self) -> torch.Tensor:
         """Pixels of two pictures, `[2, 3, H, W]`."""
         side = self.model.config.vision_config.image_size
         return torch.zeros(2, 3, side, side)
-
-
-def open_vision(source: Source) -> VisionSide:
-    """The vision side of a source, without the layers of its decoder.
-
-    Raises:
-        SourceError: if a tensor of the vision side is missing or has another shape.
-        UnsupportedError: for a family whose vision side is not known.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
-    text = config.get_text_config(decoder=True)
-    text.num_hidden_layers = 0
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = []
-    return VisionSide(whole_model(source, config))
 
 
 def vision_to_openvino(side: VisionSide) -> ov.Model:

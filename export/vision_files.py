@@ -23,15 +23,39 @@ from edgekit.export.openvino_values import ints, parameter, scalar
 from edgekit.export.openvino_weights import WeightConstants
 from edgekit.export.states import EMBEDDINGS
 from edgekit.export.vision import VisionSide, vision_to_onnx, vision_to_openvino
+from edgekit.export.vision_qwen import EMBEDDER, PatchSide, patches_to_onnx, patches_to_openvino
 from edgekit.models.config import DecoderConfig
 from edgekit.models.weights import WeightStore
 from edgekit.sources import Source
+from edgekit.sources.picture_model import whole_model
+from edgekit.sources.vlm import PATCHED
 
-__all__ = ["write_onnx_vision", "write_openvino_vision", "write_processor"]
+__all__ = ["Side", "open_vision", "write_onnx_vision", "write_openvino_vision", "write_processor"]
 
-TABLE = "model.embed_tokens"
+TABLE, TEXT_FILE = "model.embed_tokens", "openvino_text_embeddings_model"
 ROUNDED = ("int8", "int4")
 PROCESSOR = "preprocessor_config.json"
+
+
+Side = VisionSide | PatchSide
+
+
+def open_vision(source: Source) -> Side:
+    """The vision side of a source, without the layers of its decoder.
+
+    Raises:
+        SourceError: if a tensor of the vision side is missing or has another shape.
+        UnsupportedError: for a family whose vision side is not known.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = []
+    model = whole_model(source, config)
+    return PatchSide(model) if config.model_type in PATCHED else VisionSide(model)
 
 
 def write_processor(source: Source, out: Path) -> None:
@@ -42,7 +66,7 @@ def write_processor(source: Source, out: Path) -> None:
 
 
 def write_openvino_vision(
-    side: VisionSide, config: DecoderConfig, weights: WeightStore, out: Path, *, weights_format: str
+    side: Side, config: DecoderConfig, weights: WeightStore, out: Path, *, weights_format: str
 ) -> None:
     """Write both of OpenVINO's files.
 
@@ -58,13 +82,22 @@ def write_openvino_vision(
         BundleError: if OpenVINO cannot write them for another reason.
     """
     half = weights_format == "fp16"
-    models = {"text": _text_table(config, weights, half=half), "vision": vision_to_openvino(side)}
-    for kind, model in models.items():
-        if config.image_flag:
-            _add_channel(model, 1.0 if kind == "vision" else 0.0)
+    table = _text_table(config, weights, half=half)
+    graphs = _pictures(side)
+    if config.image_flag:
+        _add_channel(table, 0.0)
+        _add_channel(list(graphs.values())[-1], 1.0)
+    for name, model in {TEXT_FILE: table, **graphs}.items():
         if weights_format in ROUNDED:
             compress_to_int8(model)
-        save_ir(model, out / f"openvino_{kind}_embeddings_model.xml", half=half)
+        save_ir(model, out / f"{name}.xml", half=half)
+
+
+def _pictures(side: Side) -> dict[str, ov.Model]:
+    """The graphs of pictures by file, in the order that they run in."""
+    if isinstance(side, PatchSide):
+        return patches_to_openvino(side)
+    return {EMBEDDER: vision_to_openvino(side)}
 
 
 def _text_table(config: DecoderConfig, weights: WeightStore, *, half: bool) -> ov.Model:
@@ -83,15 +116,15 @@ def _add_channel(model: ov.Model, value: float) -> None:
     """One more channel of the only output, of the same value everywhere."""
     result = model.get_results()[0]
     given, names = result.input_value(0), result.get_output_tensor(0).get_names()
-    one = op.slice(given, ints([0]), ints([1]), ints([1]), ints([2]))
+    one = op.slice(given, ints([0]), ints([1]), ints([1]), ints([-1]))
     channel = op.add(op.multiply(one, scalar(0.0)), scalar(value))
-    result.input(0).replace_source_output(op.concat([given, channel], 2).output(0))
+    result.input(0).replace_source_output(op.concat([given, channel], -1).output(0))
     model.validate_nodes_and_infer_types()
     result.get_output_tensor(0).set_names(names)
 
 
 def write_onnx_vision(
-    side: VisionSide,
+    side: Side,
     config: DecoderConfig,
     weights: WeightStore,
     out: Path,
@@ -107,6 +140,7 @@ def write_onnx_vision(
         shape: list[int | str] = ["batch", "time", config.hidden_size]
         file.output(EMBEDDINGS, TensorProto.FLOAT, shape)
         file.rename_output(rows, EMBEDDINGS)
-    vision_to_onnx(side, out / "vision.onnx")
+    to_onnx = patches_to_onnx if isinstance(side, PatchSide) else vision_to_onnx
+    to_onnx(side, out / "vision.onnx")  # type: ignore[arg-type]
     if weights_format != "fp32":
         narrow_weights(out / "vision.onnx", weights_format)

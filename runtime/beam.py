@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from edgekit.runtime.engine import Floats, Integers
+from edgekit.runtime.pictures import Pictures
 from edgekit.runtime.sampling import GenerationOptions, penalise
 from edgekit.runtime.session import Session
 
@@ -68,7 +69,7 @@ def beam_search(
     prompt: Integers,
     options: GenerationOptions,
     ends: tuple[int, ...],
-    pictures: Floats | None = None,
+    pictures: Pictures | None = None,
 ) -> BeamText:
     """The best continuation of a prompt.
 
@@ -77,7 +78,7 @@ def beam_search(
         prompt: ids `[T]`.
         options: `num_beams`, `max_new_tokens` and `repetition_penalty` are read.
         ends: tokens that finish a text.
-        pictures: embeddings `[N, D]` of the prompt's image tokens.
+        pictures: what the prompt's image tokens stand for.
 
     Raises:
         UsageError: if the prompt does not fit the model's context.

@@ -112,8 +112,12 @@ class Engine(Protocol):
         """A new request with empty states and no adapters."""
         ...
 
-    def look(self, pixels: Floats) -> Floats:
-        """Embeddings `[N, tokens, D]` of pictures `[N, 3, H, W]`, where the bundle reads them."""
+    def look(self, feeds: Mapping[str, Array]) -> Floats:
+        """Embeddings of pictures, `[..., D]`, where the bundle reads them.
+
+        Args:
+            feeds: the pixels first, then what else the graphs may ask for, by name.
+        """
         ...
 
     def lowered(self, pairs: "Mapping[str, Pair]") -> Any:

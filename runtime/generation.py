@@ -10,6 +10,7 @@ import numpy as np
 from edgekit.errors import UsageError
 from edgekit.runtime.beam import beam_search
 from edgekit.runtime.engine import Floats, Integers
+from edgekit.runtime.pictures import Pictures
 from edgekit.runtime.sampling import GenerationOptions, Sampler
 from edgekit.runtime.session import Session
 from edgekit.runtime.text import Detokenizer, StopFilter, Tokenizer
@@ -96,7 +97,7 @@ class Generation:
         vocab: int,
         *,
         seen: Sequence[Integers] | None = None,
-        pictures: Floats | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         """Prepare; nothing is computed yet.
 
@@ -108,7 +109,7 @@ class Generation:
             ends: token ids that end a text, unless `options.ignore_eos`.
             vocab: V, entries of the logits.
             seen: ids of each row that count for the repetition penalty; None: those of `prompts`.
-            pictures: embeddings `[N, D]` of the image tokens of all prompts.
+            pictures: what the image tokens of all prompts stand for.
 
         Raises:
             UsageError: if a prompt is empty.

@@ -6,10 +6,10 @@ and how; on 8-bit pictures the numbers are the same.
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,22 @@ from edgekit.errors import BundleError, EngineError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PROCESSOR", "ImageProcessor", "Picture", "read_image"]
+__all__ = [
+    "PROCESSOR",
+    "ImageProcessor",
+    "Picture",
+    "normalised",
+    "parsed_settings",
+    "read_image",
+    "read_settings",
+]
 
 MOST_PIXELS = 100_000_000
 PROCESSOR = "preprocessor_config.json"
 UNSUPPORTED = ("do_image_splitting", "do_pan_and_scan")
 Floats = npt.NDArray[np.float32]
 Picture: TypeAlias = "Path | str | bytes | Image"  # a file, its bytes, or a PIL image
+P = TypeVar("P")
 
 
 def read_image(source: Picture) -> "Image":
@@ -117,14 +126,7 @@ class ImageProcessor:
         Raises:
             BundleError: if its file is missing or damaged, or asks for steps that are not known.
         """
-        file = directory / PROCESSOR
-        try:
-            given = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as cause:
-            raise BundleError(f"{file}: missing; the model reads no pictures") from cause
-        except (OSError, ValueError) as cause:
-            raise BundleError(f"{file}: damaged ({cause})") from cause
-        return cls.of(given, where=str(file))
+        return cls.of(read_settings(directory), where=str(directory / PROCESSOR))
 
     @classmethod
     def of(cls, settings: Any, *, where: str) -> "ImageProcessor":
@@ -137,15 +139,10 @@ class ImageProcessor:
         Raises:
             BundleError: if it is no image processor's, or asks for steps that are not known.
         """
-        try:
-            return cls._parsed(settings)
-        except (ValueError, TypeError, KeyError) as cause:
-            raise BundleError(f"{where}: damaged, or not an image processor's ({cause})") from cause
+        return parsed_settings(settings, cls._parsed, where)
 
     @classmethod
-    def _parsed(cls, given: Any) -> "ImageProcessor":
-        if not isinstance(given, Mapping):
-            raise TypeError("no JSON object")
+    def _parsed(cls, given: Mapping[str, Any]) -> "ImageProcessor":
         asked = [name for name in UNSUPPORTED if given.get(name)]
         if asked:
             raise ValueError(f"{asked[0]} is not supported")
@@ -183,12 +180,7 @@ class ImageProcessor:
         values = np.asarray(image)
         if self.crop is not None:
             values = _middle(values, *self.crop)
-        found = values.astype(np.float32)
-        if self.rescale is not None:
-            found = (values.astype(np.float64) * self.rescale).astype(np.float32)
-        if self.mean is not None and self.std is not None:
-            mean, std = (np.asarray(three, np.float32) for three in (self.mean, self.std))
-            found = (found - mean) / std
+        found = normalised(values, self.rescale, self.mean, self.std)
         return np.ascontiguousarray(found.transpose(2, 0, 1))
 
     def _scaled(self, height: int, width: int) -> tuple[int, int]:
@@ -199,6 +191,52 @@ class ImageProcessor:
         short, long = sorted((height, width))
         longer = int(self.size * long / short)
         return (self.size, longer) if height <= width else (longer, self.size)
+
+
+def read_settings(directory: Path) -> Any:
+    """The image processor's file of a model or bundle directory.
+
+    Raises:
+        BundleError: if it is missing or no JSON.
+    """
+    file = directory / PROCESSOR
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as cause:
+        raise BundleError(f"{file}: missing; the model reads no pictures") from cause
+    except (OSError, ValueError) as cause:
+        raise BundleError(f"{file}: damaged ({cause})") from cause
+
+
+def parsed_settings(settings: Any, parse: Callable[[Mapping[str, Any]], P], where: str) -> P:
+    """What `parse` makes of an image processor's settings, which are those of `where`.
+
+    Raises:
+        BundleError: if they are no JSON object, or `parse` raises a ValueError, TypeError or
+            KeyError.
+    """
+    try:
+        if not isinstance(settings, Mapping):
+            raise TypeError("no JSON object")
+        return parse(settings)
+    except (ValueError, TypeError, KeyError) as cause:
+        raise BundleError(f"{where}: damaged, or not an image processor's ({cause})") from cause
+
+
+def normalised(
+    values: npt.NDArray[np.uint8],
+    rescale: float | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Floats:
+    """Pixels of 0 to 255 `[H, W, 3]` in fp32: rescaled, and by channel less `mean`, over `std`."""
+    found = values.astype(np.float32)
+    if rescale is not None:
+        found = (values.astype(np.float64) * rescale).astype(np.float32)
+    if mean is None or std is None:
+        return found
+    centre, spread = (np.asarray(three, np.float32) for three in (mean, std))
+    return (found - centre) / spread
 
 
 def _size(given: Any) -> tuple[int, int] | int:

@@ -7,17 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
+import numpy as np
+
 from edgekit import targets
 from edgekit.bundle import Manifest, check_files, read_manifest
 from edgekit.errors import EngineError, UsageError
 from edgekit.runtime.adapters import AdapterInfo, Adapters
-from edgekit.runtime.engine import Engine, EngineSettings, Floats, Integers
+from edgekit.runtime.engine import Engine, EngineSettings, Integers
 from edgekit.runtime.generation import Generation, GenerationStats
-from edgekit.runtime.images import PROCESSOR, ImageProcessor, Picture
+from edgekit.runtime.images import PROCESSOR, Picture
+from edgekit.runtime.pictures import Pictures
 from edgekit.runtime.sampling import GenerationOptions, GenerationSettings
 from edgekit.runtime.session import Session
 from edgekit.runtime.text import Tokenizer
-from edgekit.runtime.vision import Vision
+from edgekit.runtime.vision import Seen, Vision, open_eye
 
 __all__ = ["ENGINES", "Model", "load"]
 
@@ -89,7 +92,7 @@ def load(
     facts = manifest.vision
     vision = None
     if facts is not None:
-        vision = Vision(ImageProcessor.read(directory), facts, compiled.look)
+        vision = Vision(open_eye(directory, facts), facts, compiled.look)
     return Model(
         manifest,
         name,
@@ -248,24 +251,18 @@ class Model:
         """Whether prompts may have pictures."""
         return self._vision is not None
 
-    def look(self, pictures: Sequence[Picture]) -> Floats:
+    def look(self, pictures: "Sequence[Picture] | Seen") -> Pictures:
         """What the decoder reads of pictures, for `Session.append`.
 
         Args:
-            pictures: files, their bytes, or PIL images.
-
-        Returns:
-            Embeddings one after the other, fp32 `[N * tokens, D]`.
+            pictures: files, their bytes, or PIL images; or pixels that are ready.
 
         Raises:
             UsageError: if the model reads no pictures, or one of them cannot be read.
             EngineError: if Pillow is not installed.
         """
-        return self._seeing().features(pictures)
-
-    def look_at(self, pixels: Floats) -> Floats:
-        """The same for pixels that are scaled and normalised already, fp32 `[N, 3, H, W]`."""
-        return self._seeing().look(pixels)
+        vision = self._seeing()
+        return vision.look(pictures if isinstance(pictures, Seen) else vision.seen(pictures))
 
     @overload
     def generate(
@@ -379,13 +376,8 @@ class Model:
         options: GenerationOptions,
         pictures: Sequence[Sequence[Picture]],
     ) -> Generation:
-        if self._vision is not None or any(pictures):
-            see = self._seeing().prompt
-            pairs = zip(texts, pictures, strict=True)
-            texts = [see(text, len(seen)) for text, seen in pairs]
-        prompts: list[Integers] = [self.tokenizer.encode_prompt(text) for text in texts]
+        prompts, seen = self._prompts(texts, pictures)
         facts = self.manifest.model
-        seen = [picture for row in pictures for picture in row]
         return Generation(
             self.session(len(prompts)),
             self.tokenizer,
@@ -393,8 +385,22 @@ class Model:
             options,
             facts.eos_token_ids,
             facts.vocab_size,
-            pictures=self.look(seen) if seen else None,
+            pictures=None if seen is None else self._seeing().look(seen),
         )
+
+    def _prompts(
+        self, texts: Sequence[str], pictures: Sequence[Sequence[Picture]]
+    ) -> tuple[list[Integers], Seen | None]:
+        """Token ids of prompts, image tokens among them, and the pixels of all pictures."""
+        seen = None
+        if any(pictures):
+            seen = self._seeing().seen([picture for row in pictures for picture in row])
+        if self._vision is not None:
+            grids = np.zeros((0, 3), np.int64) if seen is None else seen.grids
+            ends = np.cumsum([len(row) for row in pictures])[:-1]
+            parts = zip(texts, np.split(grids, ends), strict=True)
+            texts = [self._vision.prompt(text, part) for text, part in parts]
+        return [self.tokenizer.encode_prompt(text) for text in texts], seen
 
     def _pieces(self, generation: Generation) -> Iterator[str]:
         for _, piece in generation.pieces():

@@ -76,9 +76,12 @@ class OnnxEngine:
         """A new IO binding with states of its own."""
         return InPlaceRequest(self, batch) if self.in_place else FreshRequest(self, batch)
 
-    def look(self, pixels: Floats) -> Floats:
+    def look(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph of pictures; safe to use from several threads."""
-        return _answered(self._vision, pixels)
+        assert self._vision is not None
+        first, *others = (item.name for item in self._vision.get_inputs())
+        given = {first: next(iter(feeds.values())), **{name: feeds[name] for name in others}}
+        return _answered(self._vision, given)
 
     def lowered(self, pairs: Mapping[str, Pair]) -> dict[str, onnxruntime.OrtValue]:
         """Values of the optional inputs that hold adapters: A `[in, r]` and B `[r, out]`."""
@@ -98,10 +101,10 @@ def _opened(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infe
         raise EngineError(f"{path}: ONNX Runtime refuses this model ({cause})") from cause
 
 
-def _answered(session: onnxruntime.InferenceSession, given: Array) -> Floats:
-    """The only output for the only input."""
+def _answered(session: onnxruntime.InferenceSession, given: Mapping[str, Array]) -> Floats:
+    """The only output."""
     try:
-        (found,) = session.run(None, {session.get_inputs()[0].name: given})
+        (found,) = session.run(None, dict(given))
     except FAILURES as cause:
         raise EngineError(f"ONNX Runtime failed: {cause}") from cause
     answer: Floats = found
@@ -140,7 +143,7 @@ class OnnxRequest(ABC):
 
     def embed(self, ids: Integers) -> Floats:
         """Rows of the token table."""
-        return _answered(self._engine.table, ids)
+        return _answered(self._engine.table, {"input_ids": ids})
 
     def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph; the logits are written straight into the array that is returned."""
@@ -247,7 +250,7 @@ class InPlaceRequest(OnnxRequest):
             alone = slice(row, row + 1)
             for record in self._buffers:
                 self._bind(record, alone)
-            logits.append(super()._call({name: array[alone] for name, array in feeds.items()}))
+            logits.append(super()._call(_of_rows(feeds, alone)))
         for record in self._buffers:
             self._bind(record)
         return np.concatenate(logits)
@@ -306,6 +309,14 @@ def _without_rank(name: str, shape: list[int]) -> Floats:
     """What an unset `{module}.lora_A [in, r]` or `.lora_B [r, out]` holds."""
     sizes = (shape[0], 0) if name.endswith("A") else (0, shape[1])
     return np.zeros(sizes, np.float32)
+
+
+def _of_rows(feeds: Mapping[str, Array], rows: slice) -> dict[str, Array]:
+    """The same for some rows; positions of three axes have these first."""
+    return {
+        name: array[:, rows] if name == "position_ids" and array.ndim == 3 else array[rows]
+        for name, array in feeds.items()
+    }
 
 
 def _grows(record: StateRecord) -> bool:

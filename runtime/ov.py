@@ -45,7 +45,8 @@ class OpenVinoEngine:
         started = time.perf_counter()
         graphs = [name for name in manifest.engine_files("openvino") if name.endswith(".xml")]
         compiled = [_compiled(core, directory / name, settings) for name in graphs]
-        self._compiled, self._table, self._vision = [*compiled, None, None][:3]
+        self._compiled, *others = compiled
+        self._table, self._vision = (others[0], others[1:]) if others else (None, [])
         self.compile_seconds = time.perf_counter() - started
         self.inputs = frozenset(
             name for port in self._compiled.inputs for name in port.get_names()
@@ -57,11 +58,15 @@ class OpenVinoEngine:
         table = None if self._table is None else self._table.create_infer_request()
         return OpenVinoRequest(self._compiled.create_infer_request(), table, self.keys, batch)
 
-    def look(self, pixels: Floats) -> Floats:
-        """Run the graph of pictures; safe to use from several threads."""
-        (found,) = _inferred(self._vision.create_infer_request(), {0: pixels}).values()
-        features: Floats = np.array(found)
-        return features
+    def look(self, feeds: Mapping[str, Array]) -> Floats:
+        """Run the graphs of pictures, one on what the other says; several threads may."""
+        x: Array = next(iter(feeds.values()))
+        for graph in self._vision:
+            first, *others = (port.get_any_name() for port in graph.inputs)
+            given = {first: x, **{name: feeds[name] for name in others}}
+            (found,) = _inferred(graph.create_infer_request(), given).values()
+            x = np.array(found)
+        return x
 
     def lowered(self, pairs: Mapping[str, Pair]) -> dict[str, ov.Tensor]:
         """Values of the variables that hold adapters; weights are in B, so alpha is 1."""

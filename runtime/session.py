@@ -14,6 +14,8 @@ import numpy.typing as npt
 from edgekit.bundle import Manifest
 from edgekit.errors import UsageError
 from edgekit.runtime.engine import Array, Engine, Floats, Integers
+from edgekit.runtime.pictures import Pictures
+from edgekit.runtime.positions import mrope_positions
 from edgekit.runtime.state import (
     Snapshot,
     check_snapshot,
@@ -78,6 +80,7 @@ class Session:
         self._block = block
         self._position = 0
         self._tokens = np.zeros(batch, dtype=np.int64)
+        self._behind = np.zeros_like(self._tokens)
         self._mask = None if manifest.constant_memory else _growing_mask(batch)
 
     @property
@@ -114,7 +117,7 @@ class Session:
         self,
         ids: npt.ArrayLike,
         mask: npt.ArrayLike | None = None,
-        pictures: Floats | None = None,
+        pictures: Pictures | None = None,
     ) -> Floats:
         """Read tokens and return the logits that follow them.
 
@@ -122,9 +125,8 @@ class Session:
             ids: integer `[T]` for a batch of one, or `[B, T]`.
             mask: `[B, T]` (or `[T]`) for these columns, 1 for tokens and 0 for padding, which must
                 come before a row's first token; None: no padding.
-            pictures: fp32 `[N, D]`, what the N image tokens among `ids` stand for, row after row;
-                `Model.look` makes it. None: image tokens, which a model may write itself, are
-                tokens like others.
+            pictures: what the image tokens among `ids` stand for, row after row; `Model.look` makes
+                it. None: image tokens, which a model may write itself, are tokens like others.
 
         Returns:
             fp32 logits of the last position `[B, V]`, or of all `[B, T, V]` with logits = "all".
@@ -138,14 +140,17 @@ class Session:
         valid = self._checked_mask(mask, tokens.shape)
         self._check_room(valid)
         contents = self._contents(tokens, pictures)
+        positions, behind = self._positions(tokens, valid, pictures)
         blocks: list[Floats] = []
         for start in range(0, tokens.shape[1], self._block):
             columns = slice(start, start + self._block)
             part = {name: array[:, columns] for name, array in contents.items()}
+            part["position_ids"] = positions[..., columns]
             logits = self._step(part, valid[:, columns])
             if self._logits == "last":
                 blocks = []
             blocks.append(logits)
+        self._behind = behind
         if self._logits == "last":
             return blocks[0][:, -1]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
@@ -154,13 +159,13 @@ class Session:
         self,
         ids: npt.ArrayLike,
         mask: npt.ArrayLike | None = None,
-        pictures: Floats | None = None,
+        pictures: Pictures | None = None,
     ) -> Floats:
         """`append`, and the logits of the last position alone, `[B, V]`, however it was opened."""
         logits = self.append(ids, mask, pictures)
         return logits if self._logits == "last" else logits[:, -1]
 
-    def _contents(self, tokens: Integers, pictures: Floats | None) -> dict[str, Array]:
+    def _contents(self, tokens: Integers, pictures: Pictures | None) -> dict[str, Array]:
         """What the graph reads of a call: token ids, or embeddings and where pictures lie."""
         facts = self._manifest.vision
         if facts is None:
@@ -170,21 +175,37 @@ class Session:
         rows, places = self._request.embed(tokens), np.zeros(tokens.shape, dtype=bool)
         if pictures is not None:
             places = tokens == facts.image_token_id
-            if len(pictures) != places.sum():
+            if len(pictures.features) != places.sum():
                 raise UsageError(
-                    f"{len(pictures)} embeddings of pictures given for {places.sum()} image "
-                    "tokens; allowed: as many"
+                    f"{len(pictures.features)} embeddings of pictures given for {places.sum()} "
+                    "image tokens; allowed: as many"
                 )
-            rows[places] = pictures
+            rows[places] = pictures.features
         return {"inputs_embeds": rows, "spin_image_mask": places.astype(np.int64)}
+
+    def _positions(
+        self, tokens: Integers, valid: Integers, pictures: Pictures | None
+    ) -> tuple[Integers, Integers]:
+        """`position_ids` of a call, and how far behind the count they are after it."""
+        facts = self._manifest.vision
+        if facts is None or facts.merge is None:
+            steps = self._tokens[:, None] + valid.cumsum(axis=1) - 1
+            return np.maximum(steps, 0), self._behind
+        seen = Pictures(np.zeros((0, 0), np.float32)) if pictures is None else pictures
+        return mrope_positions(
+            np.zeros_like(tokens) - 1 if pictures is None else tokens,
+            seen.grids,
+            facts.image_token_id,
+            merge=facts.merge,
+            mask=valid,
+            seen=self._tokens,
+            delta=self._behind,
+        )
 
     def _step(self, contents: Mapping[str, Array], valid: Integers) -> Floats:
         """One engine call; position and mask move only when it succeeded."""
         after = self._position + valid.shape[1]
-        feeds: dict[str, Array] = {**contents, "attention_mask": self._visible(valid, after)}
-        if "position_ids" in self._inputs:
-            steps = self._tokens[:, None] + valid.cumsum(axis=1) - 1
-            feeds["position_ids"] = np.maximum(steps, 0)
+        feeds = {**contents, "attention_mask": self._visible(valid, after)}
         logits = self._request.infer(
             {n: np.ascontiguousarray(a) for n, a in feeds.items() if n in self._inputs}
         )
@@ -209,6 +230,7 @@ class Session:
         self._take_adapters()
         self._position = 0
         self._tokens = np.zeros(self.batch, dtype=np.int64)
+        self._behind = np.zeros_like(self._tokens)
 
     def _take_adapters(self) -> None:
         wanted = self._adapters()
@@ -232,7 +254,7 @@ class Session:
             self._request.reorder(index)
         else:
             self._request.reset(len(index))
-        self._tokens = self._tokens[index]
+        self._tokens, self._behind = self._tokens[index], self._behind[index]
         self._mask = None if self._mask is None else self._mask[index]
 
     def snapshot(self) -> Snapshot:
@@ -244,6 +266,7 @@ class Session:
             tokens=self._tokens.copy(),
             mask=None if self._mask is None else self._mask[:, : self._position].copy(),
             states=self._request.read_states() if self._position else {},
+            behind=self._behind.copy(),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -290,7 +313,7 @@ class Session:
         else:
             self._request.reset(self.batch)
         self._position = snapshot.position
-        self._tokens = snapshot.tokens.copy()
+        self._tokens, self._behind = snapshot.tokens.copy(), snapshot.behind.copy()
         if snapshot.mask is not None:
             self._mask = snapshot.mask.copy()
 

@@ -33,6 +33,8 @@ class Snapshot:
         tokens: of those, tokens of each row `[B]`.
         mask: 1 for tokens, 0 for padding `[B, S]`; None where every state is constant in size.
         states: by key; empty at position 0.
+        behind: how far positions are behind the count of tokens because of pictures, 0 or less,
+            `[B]`.
     """
 
     fingerprint: str
@@ -41,6 +43,7 @@ class Snapshot:
     tokens: Integers
     mask: Integers | None
     states: Mapping[str, Array]
+    behind: Integers
 
     @property
     def batch(self) -> int:
@@ -60,7 +63,7 @@ def save_snapshot(snapshot: Snapshot, path: Path) -> None:
         UsageError: if `path` cannot be written.
     """
     tensors = {STATE + key: np.ascontiguousarray(value) for key, value in snapshot.states.items()}
-    tensors["tokens"] = snapshot.tokens
+    tensors["tokens"], tensors["behind"] = snapshot.tokens, snapshot.behind
     if snapshot.mask is not None:
         tensors["mask"] = np.ascontiguousarray(snapshot.mask)
     metadata = {
@@ -99,6 +102,8 @@ def load_snapshot(path: Path, manifest: Manifest, engine: str) -> Snapshot:
         tokens=tensors["tokens"],
         mask=tensors.get("mask"),
         states=states,
+        # States that were saved before pictures had positions of their own have none behind.
+        behind=tensors.get("behind", np.zeros_like(tensors["tokens"])),
     )
     check_snapshot(snapshot, manifest, engine, where=str(path))
     return snapshot
@@ -114,7 +119,9 @@ def check_snapshot(snapshot: Snapshot, manifest: Manifest, engine: str, *, where
         raise BundleError(f"{where}: the state belongs to another bundle; use it with that one")
     if snapshot.engine != engine:
         raise BundleError(f"{where}: the state was made on {snapshot.engine}, this is {engine}")
-    _check_tensor(where, "tokens", snapshot.tokens, np.dtype(np.int64), (snapshot.batch,))
+    for name in ("tokens", "behind"):
+        value = getattr(snapshot, name)
+        _check_tensor(where, name, value, np.dtype(np.int64), (snapshot.batch,))
     if (snapshot.mask is None) != manifest.constant_memory:
         raise BundleError(f"{where}: damaged (its attention mask); save the session again")
     if snapshot.mask is not None:

@@ -1,74 +1,157 @@
 """Pictures in prompts: placeholders become image tokens, pictures the embeddings behind them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from edgekit.bundle import VisionFacts
 from edgekit.errors import UsageError
-from edgekit.runtime.engine import Floats
+from edgekit.runtime.engine import Array, Floats, Integers
 from edgekit.runtime.images import ImageProcessor, Picture, read_image
+from edgekit.runtime.images_qwen import PatchGrid, PatchProcessor
+from edgekit.runtime.pictures import Pictures
 
-__all__ = ["Vision"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Eye", "PatchEye", "Seen", "Vision", "WholeEye", "open_eye"]
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages], str]
+PIXELS = "pixel_values"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Pixels as the graphs of pictures take them, before these run.
+
+    Attributes:
+        calls: inputs of each call of the graphs, pixels first.
+        grids: see `Pictures`.
+    """
+
+    calls: tuple[dict[str, Array], ...]
+    grids: Integers
+
+
+class Eye(Protocol):
+    """From pictures to what the graphs of pictures take."""
+
+    def __call__(self, images: "Sequence[Image]") -> Seen:
+        """Pixels of RGB pictures.
+
+        Raises:
+            UsageError: for pictures that the model cannot take.
+        """
+
+    def tokens(self, grids: Integers) -> list[int]:
+        """Image tokens of each picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeEye:
+    """Pictures of one size, all in one call."""
+
+    processor: ImageProcessor
+    size: int  # image tokens of a picture
+
+    def __call__(self, images: "Sequence[Image]") -> Seen:
+        """See `Eye`."""
+        return Seen(({PIXELS: self.processor(images)},), _one_size(len(images)))
+
+    def tokens(self, grids: Integers) -> list[int]:
+        """See `Eye`."""
+        return [self.size] * len(grids)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchEye:
+    """Pictures of any size in patches, each in a call of its own."""
+
+    processor: PatchProcessor
+    grid: PatchGrid
+
+    def __call__(self, images: "Sequence[Image]") -> Seen:
+        """See `Eye`."""
+        patches, grids = self.processor(images)
+        ends = np.cumsum(grids.prod(axis=1))[:-1]
+        parts = zip(np.split(patches, ends), grids, strict=True)
+        calls = tuple({PIXELS: part, **self.grid.inputs(grid)} for part, grid in parts)
+        return Seen(calls, grids)
+
+    def tokens(self, grids: Integers) -> list[int]:
+        """See `Eye`."""
+        return [int(count) for count in grids.prod(axis=1) // self.grid.merge**2]
+
+
+def open_eye(directory: Path, facts: VisionFacts) -> Eye:
+    """What a bundle says of its pictures.
+
+    Raises:
+        BundleError: if its processor is missing or damaged, or asks for steps that are not known.
+    """
+    if facts.tokens is not None:
+        return WholeEye(ImageProcessor.read(directory), facts.tokens)
+    return PatchEye(PatchProcessor.read(directory), PatchGrid.read(directory))
 
 
 class Vision:
-    """What a bundle needs beside its decoder to read pictures."""
+    """What a model needs beside its decoder to read pictures."""
 
     def __init__(
-        self, processor: ImageProcessor, facts: VisionFacts, look: Callable[[Floats], Floats]
+        self, eye: Eye, facts: VisionFacts, look: Callable[[Mapping[str, Array]], Floats]
     ) -> None:
         """Put the parts together.
 
         Args:
-            processor: from pictures to pixels.
+            eye: from pictures to pixels.
             facts: how pictures come into prompts.
-            look: from pixels to embeddings, the engine's graph.
+            look: from pixels to embeddings, the engine's graphs.
         """
-        self.processor, self._facts, self._look = processor, facts, look
+        self._eye, self._facts, self._look = eye, facts, look
 
-    def features(self, pictures: Sequence[Picture]) -> Floats:
-        """Embeddings of pictures one after the other, fp32 `[N * tokens, D]`.
+    def seen(self, pictures: Sequence[Picture]) -> Seen:
+        """Pixels of pictures.
 
         Raises:
             UsageError: for a picture that cannot be read.
             EngineError: if Pillow is not installed.
         """
-        return self.look(self.pixels(pictures))
+        return self._eye([read_image(picture) for picture in pictures])
 
-    def pixels(self, pictures: Sequence[Picture]) -> Floats:
-        """Pictures scaled and normalised, fp32 `[N, 3, H, W]`; errors as `features`."""
-        return self.processor([read_image(picture) for picture in pictures])
+    def look(self, seen: Seen) -> Pictures:
+        """What the decoder reads of them."""
+        found = [self._look(call) for call in seen.calls]
+        features = np.concatenate([part.reshape(-1, part.shape[-1]) for part in found])
+        return Pictures(features, seen.grids)
 
-    def look(self, pixels: Floats) -> Floats:
-        """The same for pixels `[N, 3, H, W]` that the processor made."""
-        found = self._look(pixels)
-        joined: Floats = found.reshape(-1, found.shape[-1])
-        return joined
-
-    def prompt(self, text: str, pictures: int) -> str:
+    def prompt(self, text: str, grids: Integers) -> str:
         """The prompt with its placeholders turned into markers and image tokens.
 
         Args:
             text: with one placeholder per picture, or with none: then they come first.
-            pictures: how many there are.
+            grids: of `Seen`, a row for each picture.
 
         Raises:
             UsageError: if the placeholders are not as many as the pictures.
         """
-        facts = self._facts
+        facts, count = self._facts, len(grids)
         given = text.count(facts.placeholder)
-        if given not in (0, pictures):
+        if given not in (0, count):
             raise UsageError(
-                f"{given} placeholders {facts.placeholder!r} given for {pictures} pictures; "
+                f"{given} placeholders {facts.placeholder!r} given for {count} pictures; "
                 "allowed: as many, or none"
             )
         if not given:
-            text = f"{facts.placeholder}\n" * pictures + text
-        image = facts.before + facts.image_token * facts.tokens + facts.after
-        return text.replace(facts.placeholder, image)
+            text = facts.inserted * count + text
+        pieces = text.split(facts.placeholder)
+        for number, tokens in enumerate(self._eye.tokens(grids), 1):
+            image = facts.before + facts.image_token * tokens + facts.after
+            pieces[number] = image + pieces[number]
+        return "".join(pieces)
 
     def chat_prompt(self, render: Render, messages: Messages, pictures: int) -> str:
         """A conversation as a prompt, with placeholders in its first message of the user.
@@ -90,7 +173,7 @@ class Vision:
             here, text = pictures if i == first else 0, message.get("content", "")
             parts = [*[{"type": "image"}] * here, {"type": "text", "text": text}]
             listed.append({**message, "content": parts})
-            plain.append({**message, "content": f"{self._facts.placeholder}\n" * here + text})
+            plain.append({**message, "content": self._facts.inserted * here + text})
         try:
             prompt = render(listed)
         except UsageError:
@@ -98,3 +181,8 @@ class Vision:
         said = all(str(message.get("content", "")).strip() in prompt for message in messages)
         whole = said and prompt.count(self._facts.placeholder) == pictures
         return prompt if whole else render(plain)
+
+
+def _one_size(count: int) -> Integers:
+    """Grids of pictures that have none: a row for each, of nothing."""
+    return np.zeros((count, 3), dtype=np.int64)

@@ -50,7 +50,10 @@ class Graph(Protocol[T]):
         ...
 
     def rope(self, x: T) -> T:
-        """Rotate each head by the graph's `position_ids`, half-split layout."""
+        """Rotate each head by the graph's `position_ids`, half-split layout.
+
+        They are `[B, T]`; with M-RoPE `[3, B, T]`, time, height and width.
+        """
         ...
 
     def repeat_heads(self, x: T, head_width: int, times: int) -> T:

@@ -18,6 +18,11 @@ class RopeConfig:
 
     `linear` divides every frequency by `factor`; `llama3` divides only the low ones, with a smooth
     ramp between `original_context / low_freq_factor` and `original_context / high_freq_factor`.
+
+    Attributes:
+        mrope_section: how many of the head_dim / 2 frequencies turn by the time, the height and the
+            width of a position that has all three (M-RoPE, arXiv 2409.12191); None: a position is
+            one number.
     """
 
     theta: float = 10000.0
@@ -26,6 +31,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    mrope_section: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +165,12 @@ class DecoderConfig:
             object.__setattr__(self, "mixers", ("softmax",) * self.num_layers)
         if len(self.mixers) != self.num_layers:
             raise UsageError(f"{len(self.mixers)} mixers given for {self.num_layers} layers")
+        sections = self.rope.mrope_section
+        if sections is not None and sum(sections) != self.head_dim // 2:
+            raise UsageError(
+                f"mrope_section {sections} given; allowed: sizes of {self.head_dim // 2} in all, "
+                "half of head_dim"
+            )
         if self.image_flag and self.reads != "embeddings":
             raise UsageError("image_flag given for token ids; it is a channel of embeddings")
         if self.spin is not None:

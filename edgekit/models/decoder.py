@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from edgekit.errors import UsageError
 from edgekit.mixers.base import Form, MixerContext, State, TokenMixer, mixer_type
 from edgekit.models.config import DecoderConfig
 from edgekit.models.rope import apply_rope, rope_tables
@@ -110,6 +111,7 @@ class Decoder(nn.Module):
         *,
         mask: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         state: list[State] | None = None,
         form: Form = "chunked",
     ) -> tuple[torch.Tensor, list[State]]:
@@ -120,13 +122,18 @@ class Decoder(nn.Module):
             mask: 1 for tokens, 0 for padding, over everything so far `[B, S]`, S >= T; None: no
                 padding.
             image: which of these T belong to an image, bool `[B, T]`, for SPIN; None: none.
+            positions: of these T, int64 `[B, T]`, or `[3, B, T]` with M-RoPE; None: tokens are
+                counted. With M-RoPE they must be given from the first image of a sequence on,
+                since what follows an image does not go on from the count.
             state: what an earlier call returned.
             form: which form a recurrent mixer computes.
 
         Returns:
             fp32 logits `[B, T, V]` and the state of each layer.
         """
-        hidden, after = self.hidden(given, mask=mask, image=image, state=state, form=form)
+        hidden, after = self.hidden(
+            given, mask=mask, image=image, positions=positions, state=state, form=form
+        )
         return self.lm_head(hidden).float(), after
 
     def hidden(
@@ -135,13 +142,14 @@ class Decoder(nn.Module):
         *,
         mask: torch.Tensor | None = None,
         image: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         state: list[State] | None = None,
         form: Form = "chunked",
     ) -> tuple[torch.Tensor, list[State]]:
         """What the head reads, `[B, T, D]` after the last norm; arguments of `forward`."""
         time = given.shape[1]
         total = time + _position(state) if mask is None else mask.shape[1]
-        context = step_context(self.config, time, total, mask, form, given.device, image)
+        context = step_context(self.config, time, total, mask, form, given.device, image, positions)
         x = given if given.is_floating_point() else self.model.embed_tokens(given)
         after = []
         for i, layer in enumerate(self.layers):
@@ -162,6 +170,7 @@ def step_context(
     form: Form,
     device: torch.device | None = None,
     image: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> MixerContext:
     """What the layers share while they read `time` tokens, the last of `total` so far.
 
@@ -173,10 +182,21 @@ def step_context(
         form: which form a recurrent mixer computes.
         device: where the tokens are; None: the CPU, or where the mask is.
         image: which of the `time` tokens belong to an image, bool `[B, T]`; None: none.
+        positions: of the `time` tokens, `[B, T]` or, with M-RoPE, `[3, B, T]`; None: their count.
+
+    Raises:
+        UsageError: for positions of three axes without M-RoPE.
     """
-    every = torch.arange(total, device=device)[None]
-    steps = every if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-    cos, sin = rope_tables(config.rope, config.head_dim, steps[:, total - time :])
+    if positions is None:
+        every = torch.arange(total, device=device)[None]
+        steps = every if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
+        positions = steps[:, total - time :]
+    elif positions.dim() == 3 and config.rope.mrope_section is None:
+        raise UsageError(
+            f"positions {list(positions.shape)} given; allowed: [B, T], since this model's rotary "
+            "embedding has no mrope_section"
+        )
+    cos, sin = rope_tables(config.rope, config.head_dim, positions)
     rotate: Callable[[torch.Tensor], torch.Tensor] = lambda x: apply_rope(x, cos, sin)  # noqa: E731
     recent = None if mask is None else mask[:, total - time :]
     return MixerContext(rotate=rotate, mask=recent, past_mask=mask, image=image, form=form)
@@ -200,6 +220,7 @@ def streamed_logits(
     given: torch.Tensor,
     *,
     image: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
     form: Form = "chunked",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -210,11 +231,12 @@ def streamed_logits(
         store: its tensors.
         given: token ids `[B, T]`, or embeddings `[B, T, D]`.
         image: which tokens belong to an image, bool `[B, T]`; None: none.
+        positions: `[B, T]` or, with M-RoPE, `[3, B, T]`; None: the count of tokens.
         form: which form a recurrent mixer computes.
         dtype: of the arithmetic.
     """
     time = given.shape[1]
-    context = step_context(config, time, time, None, form, given.device, image)
+    context = step_context(config, time, time, None, form, given.device, image, positions)
     table = store.tensor("model.embed_tokens.weight")
     x = (given if given.is_floating_point() else functional.embedding(given, table)).to(dtype)
     for i in range(config.num_layers):

@@ -1,6 +1,8 @@
 """Rotary position embedding in the half-split layout of Llama checkpoints (arXiv 2104.09864).
 
-For head width d and position p, the pair (x_i, x_{i + d/2}) is rotated by the angle p * w_i.
+For head width d and position p, the pair (x_i, x_{i + d/2}) is rotated by the angle p * w_i. With
+M-RoPE (arXiv 2409.12191) a position has a time, a height and a width, equal where there is text;
+the first frequencies turn by the time, the next by the height, the last by the width.
 """
 
 import math
@@ -9,7 +11,7 @@ import torch
 
 from edgekit.models.config import RopeConfig
 
-__all__ = ["apply_rope", "inverse_frequencies", "rope_tables"]
+__all__ = ["apply_rope", "frequency_axes", "inverse_frequencies", "rope_tables"]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
@@ -39,11 +41,28 @@ def _llama3(w: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.where(wavelength < shortest, w, scaled)
 
 
+def frequency_axes(sections: tuple[int, int, int]) -> list[int]:
+    """Of each frequency, which axis of a position it turns by: 0 time, 1 height, 2 width."""
+    return [axis for axis, size in enumerate(sections) for _ in range(size)]
+
+
 def rope_tables(
     rope: RopeConfig, head_dim: int, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for integer positions `[...]`: two fp32 tensors `[..., head_dim / 2]`."""
-    angles = positions.float()[..., None] * inverse_frequencies(rope, head_dim).to(positions.device)
+    """Cosines and sines for integer positions.
+
+    Args:
+        rope: the embedding.
+        head_dim: d.
+        positions: `[...]` of at most two axes; with `mrope_section` also `[3, B, T]`.
+
+    Returns:
+        Two fp32 tensors `[..., d / 2]`, or `[B, T, d / 2]`.
+    """
+    steps = positions[..., None]
+    if rope.mrope_section is not None and positions.dim() == 3:
+        steps = positions[frequency_axes(rope.mrope_section)].movedim(0, -1)
+    angles = steps.float() * inverse_frequencies(rope, head_dim).to(positions.device)
     return angles.cos(), angles.sin()
 
 

@@ -22,11 +22,13 @@ class VisionSource:
         family: `model_type` of the whole model, such as "llava".
         image_token_id: stands for one embedding of a picture among token ids.
         processor: how a picture becomes pixels, as `preprocessor_config.json` says it.
+        merge: patches along each side of one embedding, where pictures have any size; else None.
     """
 
     family: str
     image_token_id: int
     processor: dict[str, Any]
+    merge: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -170,8 +170,8 @@ def _rope(config: Json) -> RopeConfig:
             )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = _number({**config, **scaling}, "rope_theta", default=10000.0)
-    if kind == "default":
-        return RopeConfig(theta=theta)
+    if kind in ("default", "mrope"):
+        return RopeConfig(theta=theta, mrope_section=_sections(scaling))
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear", factor=_number(scaling, "factor"))
     if kind == "llama3":
@@ -187,6 +187,17 @@ def _rope(config: Json) -> RopeConfig:
             original_context=_integer(original, "original_max_position_embeddings", default=limit),
         )
     raise UnsupportedError(f"rope type {kind!r} given; supported: default, linear, llama3")
+
+
+def _sections(scaling: Json) -> tuple[int, int, int] | None:
+    """Frequencies of each axis of positions (Qwen2-VL); None: positions have one."""
+    found = scaling.get("mrope_section")
+    if found is None:
+        return None
+    if not isinstance(found, list | tuple) or len(found) != 3:
+        raise SourceError(f"config.json: mrope_section {found!r} given; three numbers are needed")
+    time, height, width = (int(size) for size in found)
+    return time, height, width
 
 
 def _only(config: Json, key: str) -> dict[str, Any]:

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgekit.errors import SourceError, UsageError
 from edgekit.runtime.images import ImageProcessor, Picture
+from edgekit.runtime.images_qwen import PatchGrid, PatchProcessor
 from edgekit.runtime.text import Tokenizer
-from edgekit.runtime.vision import Vision
-from edgekit.sources.base import Source
+from edgekit.runtime.vision import Eye, PatchEye, Vision, WholeEye
+from edgekit.sources.base import Source, VisionSource
 from edgekit.sources.quiet import quiet_transformers
-from edgekit.sources.vlm import VISION_FAMILIES, vision_facts
+from edgekit.sources.vlm import PATCHED, VISION_FAMILIES, vision_facts
 
 __all__ = ["PictureModel", "open_picture_model", "whole_model"]
 
@@ -42,24 +44,32 @@ class PictureModel:
     def prompt(self, question: str, pictures: int) -> str:
         """A question as the model was trained to be asked, with a placeholder per picture."""
         if not self.tokenizer.has_chat_template:
-            return self.vision.prompt(question, pictures)
+            return question
         messages = [{"role": "user", "content": question}]
-        text = self.vision.chat_prompt(self.tokenizer.chat_prompt, messages, pictures)
-        return self.vision.prompt(text, pictures)
+        return self.vision.chat_prompt(self.tokenizer.chat_prompt, messages, pictures)
 
     def inputs(self, prompt: str, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
         """Arguments of `model(...)` for one prompt.
 
         Args:
-            prompt: of `prompt`.
+            prompt: with a placeholder for each picture, or with none.
             pictures: in the order of their places.
         """
-        ids = torch.from_numpy(self.tokenizer.encode_prompt(prompt))[None]
+        seen = self.vision.seen(pictures) if pictures else None
+        grids = np.zeros((0, 3), np.int64) if seen is None else seen.grids
+        text = self.vision.prompt(prompt, grids)
+        ids = torch.from_numpy(self.tokenizer.encode_prompt(text))[None]
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if pictures:
-            pixels = torch.from_numpy(self.vision.pixels(pictures))
-            nested = self.model.config.model_type in NESTED
-            found["pixel_values"] = pixels[None] if nested else pixels
+        family = self.model.config.model_type
+        if family in PATCHED:
+            image = ids == self.model.config.image_token_id
+            found["mm_token_type_ids"] = image.int()
+        if seen is not None:
+            calls = [torch.from_numpy(call["pixel_values"]) for call in seen.calls]
+            pixels = torch.cat(calls)
+            found["pixel_values"] = pixels[None] if family in NESTED else pixels
+            if family in PATCHED:
+                found["image_grid_thw"] = torch.from_numpy(grids)
         return {name: tensor.to(self.model.device) for name, tensor in found.items()}
 
     def answer(
@@ -85,11 +95,22 @@ def open_picture_model(source: Source) -> PictureModel:
             f"{', '.join(VISION_FAMILIES)}"
         )
     model = whole_model(source)
-    where = str(source.directory)
-    processor = ImageProcessor.of(source.vision.processor, where=where)
-    facts = vision_facts(source.vision, source.directory, _tokens(model))
-    vision = Vision(processor, facts, lambda pixels: _features(model, pixels))
+    eye = _eye(source.vision, model, str(source.directory))
+    tokens = eye.size if isinstance(eye, WholeEye) else None
+    facts = vision_facts(source.vision, source.directory, tokens)
+    vision = Vision(eye, facts, _refused)
     return PictureModel(source, model, Tokenizer(source.directory), vision)
+
+
+def _eye(vision: VisionSource, model: Any, where: str) -> Eye:
+    if vision.family in PATCHED:
+        grid = PatchGrid.of({"model_type": vision.family, **model.config.to_dict()})
+        return PatchEye(PatchProcessor.of(vision.processor, where=where), grid)
+    return WholeEye(ImageProcessor.of(vision.processor, where=where), _tokens(model))
+
+
+def _refused(_: Any) -> Any:
+    raise TypeError("the whole model looks at pictures by itself")
 
 
 def whole_model(source: Source, config: Any = None) -> Any:
@@ -123,15 +144,10 @@ def whole_model(source: Source, config: Any = None) -> Any:
 
 
 @torch.no_grad()
-def _features(model: Any, pixels: Any) -> Any:
-    """Embeddings of pictures as numpy, `[N, tokens, D]`."""
-    given = torch.as_tensor(pixels)
-    if model.config.model_type in NESTED:
-        given = given[None]
-    found = model.model.get_image_features(given, return_dict=True).pooler_output
-    return torch.stack(list(found)).numpy()
-
-
 def _tokens(model: Any) -> int:
+    """Embeddings of one picture."""
     side = model.config.vision_config.image_size
-    return int(_features(model, torch.zeros(1, 3, side, side)).shape[1])
+    blank = torch.zeros(1, 3, side, side)
+    given = blank[None] if model.config.model_type in NESTED else blank
+    found = model.model.get_image_features(given, return_dict=True).pooler_output
+    return int(found[0].shape[0])

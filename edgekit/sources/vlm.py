@@ -16,6 +16,7 @@ from edgekit.models.weights import WeightStore
 from edgekit.sources.base import VisionSource, read_json
 
 __all__ = [
+    "PATCHED",
     "VISION_FAMILIES",
     "TextStore",
     "is_vision_language",
@@ -24,14 +25,26 @@ __all__ = [
     "vision_source",
 ]
 
-# What stands for a picture in a prompt (None: the image token), and around its image tokens.
-MARKERS: dict[str, tuple[str | None, str, str]] = {
-    "llava": (None, "", ""),
-    "smolvlm": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
-    "idefics3": (None, "<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+# By family: texts around the image tokens of a picture, and around its placeholder where a prompt
+# has none.
+MARKERS: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
+    "llava": (("", ""), ("", "\n")),
+    "smolvlm": (
+        ("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+        ("", "\n"),
+    ),
+    "idefics3": (
+        ("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+        ("", "\n"),
+    ),
+    "qwen2_vl": (("", ""), ("<|vision_start|>", "<|vision_end|>")),
+    "qwen2_5_vl": (("", ""), ("<|vision_start|>", "<|vision_end|>")),
 }
 VISION_FAMILIES = tuple(MARKERS)
+PATCHED = ("qwen2_vl", "qwen2_5_vl")  # read pictures of any size, in patches
+TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+TEXT_PARTS = ("embed_tokens.", "layers.", "norm.")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 IMAGE_TOKENS = ("image_token_id", "image_token_index")  # the key's new and old name
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,6 +71,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         text: dict[str, Any] = whole.get_text_config(decoder=True).to_dict()
     except (AttributeError, KeyError, TypeError, ValueError) as cause:
         raise SourceError(f"config.json: its text_config cannot be read ({cause})") from cause
+    text["model_type"] = TEXT_FAMILIES.get(text["model_type"], text["model_type"])
     outside = {key: config[key] for key in TOKENS if config.get(key) is not None}
     return {**text, **{key: value for key, value in outside.items() if text.get(key) is None}}
 
@@ -75,16 +89,23 @@ def vision_source(directory: Path, config: Mapping[str, Any]) -> VisionSource:
         family=str(config["model_type"]),
         image_token_id=found[0],
         processor=_image_processor(directory),
+        merge=_merge(config),
     )
 
 
-def vision_facts(vision: VisionSource, directory: Path, tokens: int) -> VisionFacts:
+def _merge(config: Mapping[str, Any]) -> int | None:
+    if config["model_type"] not in PATCHED:
+        return None
+    return int(config.get("vision_config", {}).get("spatial_merge_size", 2))
+
+
+def vision_facts(vision: VisionSource, directory: Path, tokens: int | None) -> VisionFacts:
     """How pictures come into prompts.
 
     Args:
         vision: of the source.
         directory: holds tokenizer.json.
-        tokens: embeddings of one picture.
+        tokens: embeddings of one picture; None: by its size.
 
     Raises:
         SourceError: if there is no tokenizer, or it does not know the image token.
@@ -100,15 +121,17 @@ def vision_facts(vision: VisionSource, directory: Path, tokens: int) -> VisionFa
             f"{path}: has no token {vision.image_token_id}, which config.json names as the image "
             "token; fetch the model again"
         )
-    placeholder, before, after = MARKERS[vision.family]
+    (before, after), (opening, closing) = MARKERS[vision.family]
     return VisionFacts(
         family=vision.family,
         image_token_id=vision.image_token_id,
         image_token=token,
         tokens=tokens,
-        placeholder=placeholder or token,
+        placeholder=token,
+        inserted=f"{opening}{token}{closing}",
         before=before,
         after=after,
+        merge=vision.merge,
     )
 
 
@@ -142,8 +165,9 @@ class TextStore:
             )
         prefix = tables[0].removesuffix(EMBEDDING)
         self._base = base
+        parts = tuple(prefix + part for part in TEXT_PARTS)  # the vision side may share the prefix
         self._names = {
-            f"model.{name.removeprefix(prefix)}": name for name in base if name.startswith(prefix)
+            f"model.{name.removeprefix(prefix)}": name for name in base if name.startswith(parts)
         }
         head = next((name for name in base if name.endswith(HEAD)), None)
         if head is not None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from edgekit.bundle import read_manifest
@@ -17,18 +16,20 @@ from edgekit.errors import SourceError, UsageError
 from edgekit.export.pipeline import ConvertReport, convert
 from edgekit.models.spin import SpinConfig
 from edgekit.runtime import Model, load
+from edgekit.runtime.pictures import Pictures
 from edgekit.sources import open_source
+from edgekit.sources.picture_model import PictureModel, open_picture_model
 from edgekit.spin import apply
-from edgekit.testing_vlm import IMAGE, TinyVlm, write_tiny_vlm
+from edgekit.testing_vlm import IMAGE, write_tiny_vlm
 
 ENGINES = ("openvino", "onnx")
-FAMILIES = ("llava", "llava-gqa", "smolvlm")
+FAMILIES = ("llava", "llava-gqa", "smolvlm", "qwen2-vl", "qwen2.5-vl")
 SPIN = SpinConfig(suppress=1, alpha=0.0)
 NEW_TOKENS = 12
 MAX_ABS = 1e-4
 PROMPTS = ("The capital of France", "Once upon a time there was a small model")
 
-Made = tuple[TinyVlm, Path, ConvertReport]
+Made = tuple[PictureModel, Path, ConvertReport]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
         name = f"{family}-{len(options)}-{options}".replace("/", "_")
         if name not in found:
             source = folder / f"source-{len(found)}"
-            vlm = write_tiny_vlm(source, family)
+            write_tiny_vlm(source, family)
             out = folder / f"bundle-{len(found)}"
             options = {"weights": "fp32", "target": "generic-x86", **options}
-            found[name] = (vlm, out, convert(source, out, **options))
+            report = convert(source, out, **options)
+            found[name] = (open_picture_model(open_source(source)), out, report)
         return found[name]
 
     return make
@@ -55,27 +57,20 @@ def picture(seed: int, width: int = 50, height: int = 38) -> Image.Image:
     return Image.fromarray(values)
 
 
-def expected(vlm: TinyVlm, model: Model, prompt: str, pictures: list[Image.Image]) -> list[int]:
+def expected(vlm: PictureModel, prompt: str, pictures: list[Image.Image]) -> list[int]:
     """What transformers writes, greedily, for the same tokens and pixels."""
-    assert model._vision is not None
-    text = model._vision.prompt(prompt, len(pictures))
-    ids = torch.from_numpy(model.tokenizer.encode_prompt(text))[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if pictures:
-        pixels = torch.from_numpy(model._vision.processor(pictures))
-        inputs["pixel_values"] = pixels[None] if vlm.family == "smolvlm" else pixels
+    inputs = vlm.inputs(prompt, pictures)
     written = vlm.model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
     )
-    return [int(token) for token in written[0, ids.shape[1] :]]
+    return [int(token) for token in written[0, inputs["input_ids"].shape[1] :]]
 
 
 def greedy(model: Model, prompt: str, pictures: list[Image.Image]) -> list[int]:
     """The same through the session of a bundle; the end of a text does not count."""
-    assert model._vision is not None
-    ids = model.tokenizer.encode_prompt(model._vision.prompt(prompt, len(pictures)))
+    (ids,), seen = model._prompts([prompt], [pictures])
     session, written = model.session(), []
-    logits = session.append(ids, pictures=model.look(pictures) if pictures else None)[0]
+    logits = session.append(ids, pictures=None if seen is None else model.look(seen))[0]
     for _ in range(NEW_TOKENS):
         logits[list(model.manifest.model.eos_token_ids)] = -np.inf
         written.append(int(logits.argmax()))
@@ -106,12 +101,12 @@ def test_words_are_those_of_transformers(
     vlm, out, _ = made(family, spin=None)
     model = load(out, engine=engine)
     for prompt, pictures in ((PROMPTS[0], [picture(0)]), (PROMPTS[1], [picture(1), picture(2)])):
-        assert greedy(model, prompt, pictures) == expected(vlm, model, prompt, pictures)
-    assert greedy(model, PROMPTS[0], []) == expected(vlm, model, PROMPTS[0], [])
+        assert greedy(model, prompt, pictures) == expected(vlm, prompt, pictures)
+    assert greedy(model, PROMPTS[0], []) == expected(vlm, PROMPTS[0], [])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", ["llava", "smolvlm"])
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2-vl"])
 def test_spin_is_that_of_the_torch_form(
     made: Callable[..., Made], family: str, engine: str
 ) -> None:
@@ -120,7 +115,7 @@ def test_spin_is_that_of_the_torch_form(
     model = load(out, engine=engine)
     cases = [(prompt, [picture(seed)]) for seed, prompt in enumerate(PROMPTS * 2)]
     with apply(vlm.model, SPIN):
-        wanted = [expected(vlm, model, *case) for case in cases]
+        wanted = [expected(vlm, *case) for case in cases]
     assert [greedy(model, *case) for case in cases] == wanted
     assert [greedy(plain, *case) for case in cases] != wanted
     assert greedy(model, PROMPTS[0], []) == greedy(plain, PROMPTS[0], [])
@@ -141,35 +136,56 @@ def test_prompts_side_by_side(made: Callable[..., Made], engine: str) -> None:
     assert "".join(streamed) == alone[0]
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_beams_with_a_picture(made: Callable[..., Made], engine: str) -> None:
-    vlm, out, _ = made("llava", spin=None)
+def test_beams_with_a_picture(made: Callable[..., Made], family: str, engine: str) -> None:
+    vlm, out, _ = made(family, spin=None)
     model = load(out, engine=engine)
-    assert model._vision is not None
     found = model.generate(PROMPTS[0], images=[picture(6)], num_beams=3, max_new_tokens=8)
-    ids = torch.from_numpy(model.tokenizer.encode_prompt(model._vision.prompt(PROMPTS[0], 1)))
-    written = vlm.model.generate(
-        input_ids=ids[None],
-        pixel_values=torch.from_numpy(model._vision.processor([picture(6)])),
-        num_beams=3,
-        max_new_tokens=8,
-        do_sample=False,
-    )
-    assert found == model.tokenizer.decode(written[0, len(ids) :].tolist())
+    inputs = vlm.inputs(PROMPTS[0], [picture(6)])
+    written = vlm.model.generate(**inputs, num_beams=3, max_new_tokens=8, do_sample=False)
+    assert found == model.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def test_blocks_of_a_prompt_change_nothing(made: Callable[..., Made]) -> None:
     """`text` queries know no calls: a picture may be cut in two."""
     model = load(made("llava", spin=SPIN)[1], engine="openvino")
-    assert model._vision is not None
-    text = model._vision.prompt(f"{PROMPTS[0]} <image> {PROMPTS[1]}", 1)
-    ids = model.tokenizer.encode_prompt(text)
-    features = model.look([picture(7)])
-    whole = model.session().append(ids, pictures=features)
+    (ids,), seen = model._prompts([f"{PROMPTS[0]} <image> {PROMPTS[1]}"], [[picture(7)]])
+    assert seen is not None
+    pictures = model.look(seen)
+    whole = model.session().append(ids, pictures=pictures)
     cut = int(np.flatnonzero(ids == IMAGE)[5])
     session = model.session()
-    session.append(ids[:cut], pictures=features[:5])
-    assert np.abs(session.append(ids[cut:], pictures=features[5:]) - whole).max() <= MAX_ABS
+    session.append(ids[:cut], pictures=Pictures(pictures.features[:5]))
+    rest = session.append(ids[cut:], pictures=Pictures(pictures.features[5:]))
+    assert np.abs(rest - whole).max() <= MAX_ABS
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_saved_state_goes_on(made: Callable[..., Made], family: str, tmp_path: Path) -> None:
+    model = load(made(family, spin=None)[1], engine="onnx")
+    (ids,), seen = model._prompts([f"ab <image> {PROMPTS[0]}"], [[picture(9, 80, 40)]])
+    assert seen is not None
+    session = model.session()
+    session.append(ids, pictures=model.look(seen))
+    session.save(tmp_path / "state.safetensors")
+    loaded = model.session().load(tmp_path / "state.safetensors")
+    assert np.array_equal(session.append([5, 6, 7]), loaded.append([5, 6, 7]))
+
+
+def test_turns_with_pictures(made: Callable[..., Made]) -> None:
+    """A second picture after text goes on where the first turn ended."""
+    model = load(made("qwen2-vl", spin=None)[1], engine="openvino")
+    texts, pictures = ["ab <image>", "ef <image>"], [[picture(1, 60, 30)], [picture(2, 30, 60)]]
+    (whole,), both = model._prompts(["".join(texts)], [[*pictures[0], *pictures[1]]])
+    assert both is not None
+    expected = model.session().append(whole, pictures=model.look(both))
+    session = model.session()
+    (first,), _ = model._prompts(texts[:1], pictures[:1])
+    assert np.array_equal(whole[: len(first)], first)
+    session.append(first, pictures=model.look(pictures[0]))
+    logits = session.append(whole[len(first) :], pictures=model.look(pictures[1]))
+    assert np.abs(logits - expected).max() <= MAX_ABS
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_a_saved_state_has_the_sums(
         tokens=np.array([FIRST, FIRST - 9]),
         mask=np.ones((ROWS, FIRST), np.int64),
         states=request.read_states(),
+        behind=np.zeros(ROWS, np.int64),
     )
     save_snapshot(snapshot, tmp_path / "state.safetensors")
     loaded = load_snapshot(tmp_path / "state.safetensors", manifest, engine)
