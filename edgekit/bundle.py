@@ -23,6 +23,7 @@ from edgekit.errors import BundleError
 __all__ = [
     "ENGINE_FILES",
     "FORMAT_VERSION",
+    "FRESH_STATES",
     "MANIFEST",
     "MARKERS",
     "FileRecord",
@@ -53,6 +54,7 @@ ENGINE_FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
     "onnx": ("model.onnx", "model.onnx.data"),
 }
+FRESH_STATES = "edgekit.fresh_states"  # an ONNX model's metadata: no buffer is past and present
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,9 @@
 """Write a decoder as ONNX: `model.onnx` and `model.onnx.data`, and `genai_config.json` beside them.
 
 Inputs: `input_ids` int64 `[B, T]`, `attention_mask` int64 `[B, S]` over everything so far,
-`position_ids` int64 `[B, T]` if a layer reads positions, the states, and an optional
-`logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of `onnx_side.py`.
+`position_ids` int64 `[B, T]` if a layer reads positions, `spin_image_mask` int64 `[B, T]` if one
+asks where images lie, the states, and an optional `logits_to_keep` (int64 scalar, default 1); with
+adapter slots, the pairs of `onnx_side.py`.
 Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, and the states
 after, under the names of `states.state_records`.
 """
@@ -10,6 +11,7 @@ after, under the names of `states.state_records`.
 from pathlib import Path
 from typing import get_args
 
+from edgekit.bundle import FRESH_STATES
 from edgekit.errors import UsageError
 from edgekit.export.onnx_contrib import ContribGraph
 from edgekit.export.onnx_file import OnnxFile
@@ -59,5 +61,8 @@ def write_onnx(
     with OnnxFile(out) as file:
         contrib = ops == "contrib"
         writer = LinearWriter(file, weights, weights_format, contrib=contrib)
-        describe_decoder(GRAPHS[ops](file, writer, config, side), config)
-    write_genai_config(config, out, shared_cache=contrib)
+        graph = GRAPHS[ops](file, writer, config, side)
+        describe_decoder(graph, config)
+        if contrib and not graph.shares_states:
+            file.metadata[FRESH_STATES] = "1"
+    write_genai_config(config, out, shared_cache=graph.shares_states)

@@ -9,13 +9,15 @@ from safetensors import SafetensorError, safe_open
 
 from edgekit.errors import SourceError
 from edgekit.models.config import DecoderConfig
+from edgekit.models.weights import WeightStore
 from edgekit.sources.base import Source, read_json, sha256_of
 from edgekit.sources.checks import check_weights
 from edgekit.sources.hf_config import parse_config
 
-__all__ = ["SafetensorsStore", "open_directory"]
+__all__ = ["OFFSET_NORMS", "OffsetNorms", "SafetensorsStore", "open_directory"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OFFSET_NORMS = ("gemma3_text",)  # families whose norms multiply by 1 + w
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -51,6 +53,24 @@ class SafetensorsStore:
             raise SourceError(f"the source has no tensor {name!r}; is the checkpoint complete?")
         tensor: torch.Tensor = self._handles[name].get_tensor(name)
         return tensor
+
+
+class OffsetNorms:
+    """A store whose norms hold w where they multiply by 1 + w, which it returns, in fp32."""
+
+    def __init__(self, base: WeightStore) -> None:
+        self._base = base
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor called `name`."""
+        tensor = self._base.tensor(name)
+        return 1.0 + tensor.float() if name.endswith("norm.weight") else tensor
 
 
 def _open(path: Path) -> tuple[Any, frozenset[str]]:
@@ -90,8 +110,10 @@ def open_directory(
         raise SourceError(f"{directory}: empty; a model directory has config.json and {SINGLE}")
     config, config_notes = _read_config(directory)
     files = _weight_files(directory)
-    weights = SafetensorsStore(files)
+    weights: WeightStore = SafetensorsStore(files)
     check_weights(config, weights)
+    if config.family in OFFSET_NORMS:
+        weights = OffsetNorms(weights)
     name = name or directory.resolve().name
     identity = {"kind": "hf-directory", "name": name} if identity is None else dict(identity)
     if "sha256" not in identity:
