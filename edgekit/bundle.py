@@ -23,6 +23,7 @@ from edgekit.errors import BundleError
 __all__ = [
     "ENGINE_FILES",
     "FORMAT_VERSION",
+    "FRESH_STATES",
     "MANIFEST",
     "MARKERS",
     "FileRecord",
@@ -67,6 +68,7 @@ VISION_ENGINE_FILES = {  # of a vision-language model: the language, its token t
     ),
 }
 MERGER_FILES = tuple(f"openvino_vision_embeddings_merger_model.{e}" for e in ("xml", "bin"))
+FRESH_STATES = "edgekit.fresh_states"  # an ONNX model's metadata: no buffer is past and present
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,12 +36,13 @@ __all__ = [
 # RMS(error) / RMS(reference) that two correct computations in this dtype stay below.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
-TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 CONFIG_CLASSES = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
+    "gemma3_text": "Gemma3TextConfig",
 }
 TINY_SIZES: Mapping[str, Any] = {
     "vocab_size": 320,
@@ -58,11 +59,18 @@ TINY_SIZES: Mapping[str, Any] = {
     "pad_token_id": 2,
 }
 # Qwen3's heads are wider than hidden / heads, so that code which derives one from the other fails.
+# Gemma3's scale is not that of its heads, and its window shorter than most tests' sequences.
 FAMILY_SIZES: Mapping[str, Mapping[str, Any]] = {
     "llama": {"head_dim": 16},
     "mistral": {"head_dim": 16, "sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 24},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 21,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -89,7 +97,8 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write a small random Hugging Face checkpoint with a real tokenizer.
 
-    3 layers, hidden 64, 4 query and 2 KV heads of 16 (Qwen3: 24), vocabulary 320, context 512.
+    3 layers, hidden 64, 4 query and 2 KV heads of 16 (Qwen3: 24, Gemma3: 32), vocabulary 320,
+    context 512.
     Biases and norms are random, so that forgetting one shows; logits have a deviation of about 2.
 
     Args:
@@ -134,10 +143,11 @@ def _is_setting(config_class: Any, key: str) -> bool:
 
 def _randomise(model: torch.nn.Module) -> None:
     """Fill every parameter so that activations and logits keep a scale of 1 to 5."""
+    centre = 0.0 if "Gemma" in type(model).__name__ else 1.0  # whose norms add 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+                parameter.copy_(centre + 0.2 * torch.randn(parameter.shape))
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * torch.randn(parameter.shape))
             elif "embed_tokens" in name or "lm_head" in name:

@@ -170,6 +170,8 @@ def tiny_vlm(family: str, *, seed: int = 0) -> TinyVlm:
         for parameter in model.parameters():  # the usual 0.02 leaves attention all but uniform
             if parameter.ndim > 1:
                 parameter.data.mul_(4.0)
+                if not parameter.data.any():  # a projection that waits for training
+                    parameter.data.normal_(std=0.2)
     return TinyVlm(family=family, model=model, tokens=tokens, pixels=pixels)
 
 
@@ -186,7 +188,9 @@ def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
     """
     vlm = tiny_vlm(family, seed=seed)
     vlm.model.save_pretrained(directory)
-    write_tiny_tokenizer(directory, added=ADDED, chat_template=CHAT_TEMPLATE)
+    mark = MARKERS[1] if family == "gemma3" else MARKERS[0]
+    template = CHAT_TEMPLATE.replace(MARKERS[0], mark)
+    write_tiny_tokenizer(directory, added=ADDED, chat_template=template)
     text = json.dumps(PATCHER if family.startswith("qwen") else PROCESSOR, indent=2)
     (directory / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
     return vlm

@@ -3,7 +3,8 @@
 S <- diag(exp g) S + k v^T, o = q^T S is `LinearAttention`; its state and the convolution's may be
 bound to the same buffer as input and output. Key-value states may too, at any size that holds the
 sequence. `GroupQueryAttention` takes any number of tokens of one sequence, but several tokens of
-several sequences only in the first call: later ones must come one at a time.
+several sequences only in the first call: later ones must come one at a time. Being causal, it
+cannot let an image's tokens see each other: that is left to the portable operators.
 """
 
 import functools
@@ -13,7 +14,7 @@ import torch
 from onnx import TensorProto
 
 from edgekit.export.onnx_file import CONTRIB
-from edgekit.export.onnx_lolcats import LolcatsGraph
+from edgekit.export.onnx_portable import PortableGraph
 from edgekit.export.onnx_values import Part, Rotated, Sum, Value
 from edgekit.models.rope import rope_tables
 
@@ -23,15 +24,20 @@ ROTARY_UNIT = 16  # the operator rotates heads of a multiple of this width only,
 HIDDEN = -1e9  # attention bias of padding; finite, so that a row of padding stays a number
 
 
-class ContribGraph(LolcatsGraph):
-    """`OnnxGraph` with contrib operators."""
+class ContribGraph(PortableGraph):
+    """`PortableGraph` with contrib operators in the place of most others."""
+
+    @property
+    def shares_states(self) -> bool:
+        """See `PortableGraph.shares_states`; here they may, unless attention is not causal."""
+        return self.config.image_attention == "causal" or "softmax" not in self.config.mixers
 
     def rms_norm(self, x: Value, name: str) -> Value:
         """See `Graph.rms_norm`; takes a pending residual sum over."""
         weight = self.file.weight(f"{name}.weight", self.writer.array(f"{name}.weight"))
         eps = self.config.rms_norm_eps
         if not (isinstance(x, Sum) and x.pending):
-            return Value(self._norm(x.name, weight, name))
+            return Value(self._fused_norm(x.name, weight, name))
         normed, _, _, total = self.file.nodes(
             f"{CONTRIB}.SkipSimplifiedLayerNormalization",
             [x.x.name, x.y.name, weight],
@@ -55,12 +61,14 @@ class ContribGraph(LolcatsGraph):
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         """See `Graph.attention`; rotation, cache and softmax are one operator."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
-        rotary, gated = False, config.is_gated(layer)
+        if config.image_attention == "bidirectional":
+            return super().attention(q, k, v, layer)
+        rotary, gated, window = False, config.is_gated(layer), config.window(layer)
         wide = config.cached_width(layer) > config.head_dim
         if wide:
             q, k, v = self._marked(q, k, v, name)
         elif not gated and isinstance(q, Rotated) and isinstance(k, Rotated):
-            rotary = config.head_dim % ROTARY_UNIT == 0 and config.rope.mrope_section is None
+            rotary = self._rotates()
             q, k = (q.source, k.source) if rotary else (q, k)
         packed = None if gated else _packed(q, k, v)  # SPIN reads the keys by themselves
         inputs = [packed, "", ""] if packed else [q.name, k.name, v.name]
@@ -75,7 +83,8 @@ class ContribGraph(LolcatsGraph):
             num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
             do_rotary=int(rotary),
-            **({"scale": config.head_dim**-0.5} if wide else {}),  # the heads are wider
+            **({"scale": config.logit_scale} if wide or config.attention_scale else {}),
+            **({} if window is None else {"local_window_size": window}),
         )
         if wide:
             return Value(self.head_gate.narrowed(y, name))
@@ -84,7 +93,16 @@ class ContribGraph(LolcatsGraph):
             y = self.head_gate.gated_by_sums(y, q.name, k.name, sums, name)
         return Value(y)
 
-    def _norm(self, x: str, weight: str, name: str) -> str:
+    def _rotates(self) -> bool:
+        """Whether the operator rotates by itself.
+
+        Two tables of every position would outweigh what that saves, and it knows one axis only.
+        """
+        config = self.config
+        plain = config.local_rope is None and config.rope.mrope_section is None
+        return plain and config.head_dim % ROTARY_UNIT == 0
+
+    def _fused_norm(self, x: str, weight: str, name: str) -> str:
         return self.file.node(
             "SimplifiedLayerNormalization",
             [x, weight],
@@ -97,7 +115,7 @@ class ContribGraph(LolcatsGraph):
     def _head_norm(self, x: Value, name: str) -> str:
         weight = self.file.weight(f"{name}.weight", self.writer.array(f"{name}.weight"))
         heads = self._reshape(x.name, [0, 0, -1, self.config.head_dim], f"{name}.heads")
-        return self._flatten_heads(self._norm(heads, weight, name), f"{name}.flatten")
+        return self._flatten_heads(self._fused_norm(heads, weight, name), f"{name}.flatten")
 
     def _convolve(self, x: str, taps: str, past: str, present: str, name: str) -> str:
         return self.file.nodes(

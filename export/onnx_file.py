@@ -27,6 +27,9 @@ Array = NDArray[Any]
 class OnnxFile:
     """Writes `{directory}/{name}` and `{directory}/{name}.data`; use it in a `with` block.
 
+    Attributes:
+        metadata: what the model says of itself, by key.
+
     Example:
         >>> with OnnxFile(out) as file:                                    # doctest: +SKIP
         ...     file.input("x", TensorProto.FLOAT, ["batch", 4])
@@ -44,6 +47,7 @@ class OnnxFile:
         self._outputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._names: set[str] = set()
+        self.metadata: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -193,4 +197,5 @@ class OnnxFile:
         model = helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgekit"
         )
+        helper.set_model_props(model, self.metadata)
         self._path.write_bytes(model.SerializeToString())

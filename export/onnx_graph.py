@@ -17,7 +17,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.export.onnx_chunks import Chunks
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.onnx_linear import Columns, LinearWriter, repeat_heads
-from edgekit.export.onnx_positions import declare_positions, frequency_positions
+from edgekit.export.onnx_rope import RopeTables, declare_positions
 from edgekit.export.onnx_side import SideWriter
 from edgekit.export.onnx_spin import HeadGateWriter
 from edgekit.export.onnx_table import TokenTable
@@ -33,9 +33,8 @@ from edgekit.export.onnx_values import (
     pair,
 )
 from edgekit.export.side_paths import NO_SIDE_PATHS, SidePaths
-from edgekit.export.states import EMBEDDINGS, state_records
-from edgekit.models.config import DecoderConfig
-from edgekit.models.rope import inverse_frequencies
+from edgekit.export.states import EMBEDDINGS, IMAGE_MASK, state_records
+from edgekit.models.config import DecoderConfig, RopeConfig
 
 __all__ = ["LAST_LOGITS", "OnnxGraph"]
 
@@ -61,11 +60,14 @@ class OnnxGraph:
         self._side = SideWriter(file, writer.weights, side, self._given)
         self._states = {(record.layer, record.kind): record for record in state_records(config)}
         self._table = TokenTable(file, writer)
+        self._rope = RopeTables(file, config.head_dim)
         self._attention_mask = file.input("attention_mask", TensorProto.INT64, ["batch", "total"])
         if config.needs_positions:
             declare_positions(file, config.rope)
         if config.spin is not None:
             self.head_gate = HeadGateWriter(file, config, self.time, lambda: self.mask)
+        elif config.reads_images:
+            file.input(IMAGE_MASK, TensorProto.INT64, ["batch", "image_time"])
         self._keep = file.optional_input("logits_to_keep", np.asarray(1, np.int64))
 
     def _declare_given(self) -> str:
@@ -81,7 +83,11 @@ class OnnxGraph:
         """See `Graph.embed`; nothing where embeddings are given."""
         if self.config.reads == "embeddings":
             return Value(self._given)
-        return Value(self._table.embed(name, self._given))
+        rows, scale = self._table.embed(name, self._given), self.config.embedding_scale
+        if scale == 1:
+            return Value(rows)
+        factor = self.file.constant(np.float32(scale), f"{name}.scale")
+        return Value(self.file.node("Mul", [rows, factor], f"{name}.scaled"))
 
     def add(self, x: Value, y: Value) -> Sum:
         """See `Graph.add`; a norm that follows takes the sum over."""
@@ -99,9 +105,9 @@ class OnnxGraph:
         bias = self.file.weight(f"{name}.bias", self.writer.array(f"{name}.bias"))
         return Value(self.file.node("Add", [y, bias], f"{name}.add"))
 
-    def rope(self, x: Value) -> Rotated:
+    def rope(self, x: Value, layer: int) -> Rotated:
         """See `Graph.rope`; an attention operator may rotate by itself."""
-        return Rotated(x, lambda: self._rotate(x.name))
+        return Rotated(x, lambda: self._rotate(x.name, self.config.rope_of(layer)))
 
     def repeat_heads(self, x: Value | Decay, head_width: int, times: int) -> Value | Decay:
         """See `Graph.repeat_heads`; decays and linear layers take them over."""
@@ -252,19 +258,8 @@ class OnnxGraph:
         floor = self.file.constant(np.float32(self.config.lawcat.gate_floor), "gate_floor")
         return self.file.node("Mul", [self.mask, floor], "mask.gate_floor")
 
-    @functools.cached_property
-    def _rotation(self) -> tuple[str, str]:
-        """Cosines and sines of `position_ids`, `[B, T, 1, d / 2]`."""
-        steps = frequency_positions(self.file, self.config.rope)
-        table = inverse_frequencies(self.config.rope, self.config.head_dim).numpy()
-        w = self.file.constant(table, "rope.frequencies")
-        angles = self.file.node("Mul", [steps, w], "rope.angles")
-        return self.file.node("Cos", [angles], "rope.cos"), self.file.node(
-            "Sin", [angles], "rope.sin"
-        )
-
-    def _rotate(self, x: str) -> str:
-        cos, sin = self._rotation
+    def _rotate(self, x: str, rope: RopeConfig) -> str:
+        cos, sin = self._rope.of(rope)
         d, name = self.config.head_dim, f"{x.partition('/')[0]}.rope"
         heads = self._reshape(x, [0, 0, -1, d], f"{name}.heads")
         low, high = self.file.nodes("Split", [heads], f"{name}.halves", 2, axis=-1, num_outputs=2)

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from edgekit.export.onnx_graph import END, Kind
 from edgekit.export.onnx_lolcats import LolcatsGraph
 from edgekit.export.onnx_values import Value
+from edgekit.export.states import IMAGE_MASK
 
 __all__ = ["PortableGraph"]
 
@@ -67,6 +68,14 @@ CHUNK_STEPS = (
 class PortableGraph(LolcatsGraph):
     """`OnnxGraph` with operators of the standard only."""
 
+    @property
+    def shares_states(self) -> bool:
+        """Whether every state may be bound to one buffer, as past and as present.
+
+        Never here: a key-value cache is a concatenation.
+        """
+        return False
+
     def rms_norm(self, x: Value, name: str) -> Value:
         """See `Graph.rms_norm`."""
         return Value(self._norm(x.name, name))
@@ -82,6 +91,12 @@ class PortableGraph(LolcatsGraph):
         active = self.file.node("Mul", [gate.name, sigmoid], f"{name}.silu")
         return Value(self.file.node("Mul", [active, up.name], name))
 
+    def geglu(self, gate: Value, up: Value) -> Value:
+        """See `Graph.geglu`."""
+        name = gate.name.partition("/")[0].rpartition(".")[0] + ".geglu"
+        active = self.file.node("Gelu", [gate.name], f"{name}.gelu", approximate="tanh")
+        return Value(self.file.node("Mul", [active, up.name], name))
+
     def attention(self, q: Value, k: Value, v: Value, layer: int) -> Value:
         """See `Graph.attention`; the cache is a concatenation."""
         config, name = self.config, f"model.layers.{layer}.self_attn.attention"
@@ -93,13 +108,14 @@ class PortableGraph(LolcatsGraph):
         keys = self._grow(k, layer, "key", f"{name}.k")
         values = self._grow(v, layer, "value", f"{name}.v")
         turned = self.file.node("Transpose", [keys], f"{name}.k_turned", perm=[0, 1, 3, 2])
-        scale = self.file.constant(np.float32(config.head_dim**-0.5), f"{name}.scale")
+        scale = self.file.constant(np.float32(config.logit_scale), f"{name}.scale")
         scaled = self.file.node("Mul", [rows, scale], f"{name}.scaled")
         scores = self.file.node("MatMul", [scaled, turned], f"{name}.scores")
         wide = self.file.constant([0, states, groups, -1])
         shape = self.file.node("Concat", [wide, self.total], f"{name}.shape", axis=0)
         scores = self.file.node("Reshape", [scores, shape], f"{name}.groups")
-        scores = self.file.node("Add", [scores, self._visible_bias], f"{name}.masked")
+        bias = self._visible_bias(config.window(layer))
+        scores = self.file.node("Add", [scores, bias], f"{name}.masked")
         weights = self.file.node("Softmax", [scores], f"{name}.softmax", axis=-1)
         flat = self.file.node(
             "Concat", [self.file.constant([0, states, -1]), self.total], f"{name}.flat", axis=0
@@ -214,11 +230,39 @@ class PortableGraph(LolcatsGraph):
         return helper.make_graph(nodes, f"{name}.chunk", ports[:5], ports[5:])
 
     @functools.cached_property
-    def _visible_bias(self) -> str:
+    def _biases(self) -> dict[int | None, str]:
+        """Those that were made, by window."""
+        return {}
+
+    def _visible_bias(self, window: int | None) -> str:
         """0 where a query sees a key, else very negative: `[B, 1, 1, T, S]`.
 
-        Causal and not padding; a padded query sees itself.
+        Not padding, and earlier within the window or of the same image; a padded query sees itself.
         """
+        if window not in self._biases:
+            self._biases[window] = self._bias(window)
+        return self._biases[window]
+
+    def _bias(self, window: int | None) -> str:
+        node, constant = self.file.node, self.file.constant
+        rows, columns = self._steps
+        seen = node("LessOrEqual", [columns, rows], "bias.causal")
+        if window is not None:
+            oldest = node("Sub", [rows, constant([window - 1])], "bias.oldest")
+            near = node("GreaterOrEqual", [columns, oldest], "bias.near")
+            seen = node("And", [seen, near], "bias.window")
+        if self.config.image_attention == "bidirectional":
+            seen = node("Or", [seen, self._same_image], "bias.image")
+        itself = node("Equal", [columns, rows], "bias.itself")
+        present = node("Cast", [self._attention_mask], "bias.present", to=TensorProto.BOOL)
+        present = node("Unsqueeze", [present, constant([1, 2, 3])], "bias.keys")
+        seen = node("Or", [node("And", [seen, present], "bias.and"), itself], "bias.seen")
+        values = [constant(np.float32(x), "bias.value") for x in (0, HIDDEN)]
+        return node("Where", [seen, *values], "bias")
+
+    @functools.cached_property
+    def _steps(self) -> tuple[str, str]:
+        """Columns of `attention_mask`: those of this call `[T, 1]`, and all `[S]`."""
         node, constant = self.file.node, self.file.constant
         one = constant(np.asarray(1, np.int64), "bias.step")
         end = self._reshape(self.total, [], "bias.end")
@@ -226,11 +270,25 @@ class PortableGraph(LolcatsGraph):
         zero = constant(np.asarray(0, np.int64), "bias.zero")
         columns = node("Range", [zero, end, one], "bias.columns")
         rows = node("Range", [start, end, one], "bias.range")
-        rows = node("Unsqueeze", [rows, constant([1])], "bias.rows")
-        causal = node("LessOrEqual", [columns, rows], "bias.causal")
-        itself = node("Equal", [columns, rows], "bias.itself")
-        present = node("Cast", [self._attention_mask], "bias.present", to=TensorProto.BOOL)
-        present = node("Unsqueeze", [present, constant([1, 2, 3])], "bias.keys")
-        seen = node("Or", [node("And", [causal, present], "bias.and"), itself], "bias.seen")
-        values = [constant(np.float32(x), "bias.value") for x in (0, HIDDEN)]
-        return node("Where", [seen, *values], "bias")
+        return node("Unsqueeze", [rows, constant([1])], "bias.rows"), columns
+
+    @functools.cached_property
+    def _same_image(self) -> str:
+        """Which keys are of the query's own image, bool `[B, 1, 1, T, S]`: no text between them."""
+        node, constant = self.file.node, self.file.constant
+        start = node("Neg", [self.time], "image.start")
+        bounds = [start, constant([END]), constant([1])]
+        image = node("Slice", [IMAGE_MASK, *bounds], "image.recent")
+        one = constant(np.asarray(1, np.int64), "image.one")
+        text = node("Sub", [one, image], "image.text")
+        count = node("CumSum", [text, one], "image.count")
+        number = node("Mul", [node("Add", [count, one], "image.next"), image], "image.number")
+        past = node("Sub", [self.total, self.time], "image.past")
+        zero = constant([0])
+        pads = node("Concat", [zero, past, zero, zero], "image.pads", axis=0)
+        keys = node("Pad", [number, pads], "image.keys")  # 0 for text
+        queries = node("Unsqueeze", [number, constant([1, 2, 4])], "image.queries")
+        keys = node("Unsqueeze", [keys, constant([1, 2, 3])], "image.key_row")
+        alike = node("Equal", [queries, keys], "image.alike")
+        none = constant(np.asarray(0, np.int64), "image.none")
+        return node("And", [alike, node("Greater", [queries, none], "image.is")], "image.same")

@@ -46,7 +46,7 @@ class WindowBands:
         sizes = constant([width, width, 1])
         k, v, seen = self._file.nodes("Split", [around, sizes], f"{name}.parts", 3, axis=3)
         queries = self._chunked(q, d, f"{name}.q")
-        scale = constant(np.float32(d**-0.5), "window.scale")
+        scale = constant(np.float32(config.logit_scale), "window.scale")
         queries = node("Mul", [queries, scale], f"{name}.scaled")
         keys = self._band_heads(k, [0, 3, 5, 1, 4, 2], f"{name}.k")  # [B, S, 1, n, d, C + w]
         scores = node("MatMul", [queries, keys], f"{name}.scores")

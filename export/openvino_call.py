@@ -17,7 +17,7 @@ from edgekit.export.openvino_spin import HeadGate
 from edgekit.export.openvino_values import at, ints, parameter, scalar, sliced, squeezed
 from edgekit.export.openvino_window import Bands
 from edgekit.export.states import EMBEDDINGS, IMAGE_MASK, POSITIONS, input_names
-from edgekit.models.config import DecoderConfig
+from edgekit.models.config import DecoderConfig, RopeConfig
 from edgekit.models.rope import frequency_axes, inverse_frequencies
 
 __all__ = ["Call"]
@@ -40,6 +40,8 @@ class Call:
         self.recurrent = any(mixer != "softmax" for mixer in config.mixers)
         self.inputs = {name: self._declared(name) for name in input_names(config)}
         self.inputs["beam_idx"] = parameter("beam_idx", [-1], ov.Type.i32)
+        self._rotations: dict[RopeConfig, tuple[Handle, Handle]] = {}
+        self._masks: dict[int | None, Handle] = {}
 
     def _declared(self, name: str) -> ov.op.Parameter:
         if name == EMBEDDINGS:
@@ -142,10 +144,15 @@ class Call:
         """The last T of `[B, S]`, as fp32: a caller may give the mask of all tokens so far."""
         return op.convert(sliced(x, op.negative(self.length), None, 1), "f32").output(0)
 
-    @cached_property
-    def rotation(self) -> tuple[Handle, Handle]:
-        """Cosines and sines `[B, 1, T', d]`, each half twice."""
-        frequencies = inverse_frequencies(self._config.rope, self._config.head_dim).repeat(2)
+    def rotation(self, layer: int) -> tuple[Handle, Handle]:
+        """Cosines and sines of a layer, `[B, 1, T', d]`, each half twice."""
+        rope = self._config.rope_of(layer)
+        if rope not in self._rotations:
+            self._rotations[rope] = self._rotation(rope)
+        return self._rotations[rope]
+
+    def _rotation(self, rope: RopeConfig) -> tuple[Handle, Handle]:
+        frequencies = inverse_frequencies(rope, self._config.head_dim).repeat(2)
         table = op.constant(frequencies[None, None, None].numpy())
         angles = op.multiply(op.convert(self._positions, "f32"), table).output(0)
         if self.recurrent:
@@ -161,17 +168,60 @@ class Call:
         per_frequency = op.gather(given, ints(frequency_axes(sections) * 2), ints(0))  # [d, B, T]
         return op.unsqueeze(op.transpose(per_frequency, ints([1, 2, 0])), ints([1]))
 
-    @cached_property
-    def visible(self) -> Handle:
-        """The additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
+    def visible(self, layer: int) -> Handle:
+        """A layer's additive attention mask `[B, 1, T, S]`; a padded query sees itself."""
+        window = self._config.window(layer)
+        if window not in self._masks:
+            self._masks[window] = self._visible(window)
+        return self._masks[window]
+
+    def _visible(self, window: int | None) -> Handle:
         given = self.inputs["attention_mask"]
-        total = at(op.shape_of(given), 1)
-        columns = op.range(ints(0), squeezed(total), ints(1), "i64")
-        first = op.subtract(total, self.length)
-        rows = op.range(squeezed(first), squeezed(total), ints(1), "i64")
-        rows = op.unsqueeze(rows, ints([1]))
-        causal = op.less_equal(op.unsqueeze(columns, ints([0])), rows)
-        itself = op.equal(op.unsqueeze(columns, ints([0])), rows)
+        rows, columns = self._steps
+        seen, itself = op.less_equal(columns, rows), op.equal(columns, rows)
         tokens = op.convert(op.unsqueeze(given, ints([1, 2])), "boolean")
-        allowed = op.logical_or(op.logical_and(causal, tokens), itself)
+        if window is not None:
+            near = op.greater(columns, op.add(rows, ints(-window)))
+            if self._config.image_attention == "causal":
+                return self._recognised(seen, near, op.logical_or(tokens, itself))
+            seen = op.logical_and(seen, near)
+        if self._config.image_attention == "bidirectional":
+            seen = op.logical_or(seen, self._same_image)
+        allowed = op.logical_or(op.logical_and(seen, tokens), itself)
         return op.select(allowed, scalar(0.0), scalar(MASKED)).output(0)
+
+    def _recognised(self, seen: ov.Node, near: ov.Node, tokens: ov.Node) -> Handle:
+        """The mask of what is all three, in a form from which paged attention reads the window.
+
+        Paged attention drops every mask, and OpenVINO 2026.4 keeps the window of this one form
+        alone (`gpt_oss_sliding_window_pattern`); other nodes would be silently left out.
+        """
+        allowed = op.bitwise_and(op.bitwise_and(seen, near), tokens)
+        allowed = op.bitwise_and(op.bitwise_and(seen, allowed), seen)
+        spread = op.broadcast(allowed, op.shape_of(allowed))
+        mask = op.select(spread, scalar(0.0), scalar(MASKED)).output(0)
+        return sliced(mask, ints([0]), self._total, 3)
+
+    @cached_property
+    def _total(self) -> Handle:
+        """S, `[1]`."""
+        return at(op.shape_of(self.inputs["attention_mask"]), 1)
+
+    @cached_property
+    def _steps(self) -> tuple[Handle, Handle]:
+        """Columns of the attention mask: those of this call `[T, 1]`, and all `[1, S]`."""
+        columns = op.range(ints(0), squeezed(self._total), ints(1), "i64")
+        first = op.subtract(self._total, self.length)
+        rows = op.range(squeezed(first), squeezed(self._total), ints(1), "i64")
+        return op.unsqueeze(rows, ints([1])).output(0), op.unsqueeze(columns, ints([0])).output(0)
+
+    @cached_property
+    def _same_image(self) -> Handle:
+        """Which keys are of the query's own image, boolean `[B, 1, T, S]`: no text between them."""
+        text = op.subtract(scalar(1.0), self._image)
+        number = op.multiply(op.add(op.cum_sum(text, ints(1)), scalar(1.0)), self._image)
+        before = op.concat([ints([0]), op.subtract(self._total, self.length)], 0)
+        keys = op.pad(number, before, ints([0, 0]), "constant", scalar(0.0))  # 0 for text
+        queries = op.unsqueeze(number, ints([1, 3]))
+        alike = op.equal(queries, op.unsqueeze(keys, ints([1, 2])))
+        return op.logical_and(alike, op.greater(queries, scalar(0.5))).output(0)

@@ -112,7 +112,7 @@ def window_attention(
     k, v, seen = op.variadic_split(around, ints(3), ints([width, width, 1])).outputs()
     k, v = (_heads(x, config) for x in (k, v))  # [B, S, 1, N, C + w, d]
     queries = op.transpose(op.reshape(q, bands.query_shape, True), ints([0, 3, 4, 1, 2, 5]))
-    scores = op.matmul(op.multiply(queries, scalar(d**-0.5)), k, False, True)
+    scores = op.matmul(op.multiply(queries, scalar(config.logit_scale)), k, False, True)
     tokens = op.greater(op.transpose(seen, ints([0, 1, 3, 2])), scalar(0.5))  # [B, N, 1, C + w]
     visible = op.logical_and(op.unsqueeze(tokens, ints([1, 2])), bands.band)
     logits = op.select(visible, scores, scalar(HIDDEN))

@@ -100,7 +100,8 @@ class Plan:
 
         OpenVINO GenAI has no input for where pictures lie, so there the embeddings say it.
         """
-        flagged = engine == "openvino" and self.config.spin is not None
+        embeds = self.config.reads == "embeddings" and self.config.reads_images
+        flagged = embeds and engine == "openvino"
         return replace(self.config, image_flag=flagged)
 
     def progress_steps(self, verify: bool) -> list[str]:

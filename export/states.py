@@ -34,7 +34,7 @@ def state_records(config: DecoderConfig) -> tuple[StateRecord, ...]:
 def input_names(config: DecoderConfig) -> tuple[str, ...]:
     """Inputs that both engines' graphs have; `beam_idx` is OpenVINO's own."""
     first = EMBEDDINGS if config.reads == "embeddings" else "input_ids"
-    masked = config.spin is not None and not config.image_flag
+    masked = config.reads_images and not config.image_flag
     positions = config.needs_positions
     return (first, "attention_mask", *(IMAGE_MASK,) * masked, *(POSITIONS,) * positions)
 

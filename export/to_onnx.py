@@ -2,8 +2,9 @@
 
 Inputs: `input_ids` int64 `[B, T]` or `inputs_embeds` fp32 `[B, T, D]`, `attention_mask` int64 `[B,
 S]` over everything so far, `position_ids` int64 `[B, T]` (with M-RoPE `[3, B, T]`) if a layer reads
-positions, the states, and an optional `logits_to_keep` (int64 scalar, default 1); with adapter
-slots, the pairs of `onnx_side.py`.
+positions, `spin_image_mask` int64 `[B, T]` if one asks where images lie, the states, and an
+optional `logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of
+`onnx_side.py`.
 Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, and the states
 after, under the names of `states.state_records`.
 """
@@ -11,6 +12,7 @@ after, under the names of `states.state_records`.
 from pathlib import Path
 from typing import get_args
 
+from edgekit.bundle import FRESH_STATES
 from edgekit.errors import UsageError
 from edgekit.export.onnx_contrib import ContribGraph
 from edgekit.export.onnx_file import OnnxFile
@@ -60,6 +62,9 @@ def write_onnx(
     with OnnxFile(out) as file:
         contrib = ops == "contrib"
         writer = LinearWriter(file, weights, weights_format, contrib=contrib)
-        describe_decoder(GRAPHS[ops](file, writer, config, side), config)
+        graph = GRAPHS[ops](file, writer, config, side)
+        describe_decoder(graph, config)
+        if contrib and not graph.shares_states:
+            file.metadata[FRESH_STATES] = "1"
     if config.reads == "tokens":
-        write_genai_config(config, out, shared_cache=contrib)
+        write_genai_config(config, out, shared_cache=graph.shares_states)

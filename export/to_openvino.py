@@ -91,7 +91,10 @@ class OpenVinoGraph:
             given = self._call.pad_time(given, 1)
         if self._config.reads == "embeddings":
             return given
-        return named(op.gather(self._weights.matrix(f"{name}.weight"), given, ints(0)), name)
+        rows = named(op.gather(self._weights.matrix(f"{name}.weight"), given, ints(0)), name)
+        if self._config.embedding_scale == 1:
+            return rows
+        return op.multiply(rows, scalar(self._config.embedding_scale)).output(0)
 
     def add(self, x: Handle, y: Handle) -> Handle:
         """Elementwise sum."""
@@ -129,14 +132,18 @@ class OpenVinoGraph:
         """Swish, then product."""
         return op.multiply(op.swish(gate), up).output(0)
 
-    def rope(self, x: Handle) -> Handle:
+    def geglu(self, gate: Handle, up: Handle) -> Handle:
+        """Gelu, then product."""
+        return op.multiply(op.gelu(gate, "tanh"), up).output(0)
+
+    def rope(self, x: Handle, layer: int) -> Handle:
         """X cos + rotate_half(x) sin on `[B, heads, T', d]`, the form that the plug-in fuses."""
         d = self._config.head_dim
         heads = self._heads(x, d)
         low = sliced(heads, ints([0]), ints([d // 2]), 3)
         high = sliced(heads, ints([d // 2]), ints([d]), 3)
         turned = op.concat([op.multiply(high, scalar(-1.0)), low], 3)
-        cos, sin = self._call.rotation
+        cos, sin = self._call.rotation(layer)
         return self._joined(op.add(op.multiply(heads, cos), op.multiply(turned, sin)).output(0))
 
     def repeat_heads(self, x: Handle, head_width: int, times: int) -> Handle:
@@ -154,7 +161,8 @@ class OpenVinoGraph:
             v = self._call.gate.marked(v, width - d).output(0)
         keys = self._grown(k, f"{name}.key", d)
         values = self._grown(v, f"{name}.value", width)
-        y = op.scaled_dot_product_attention(q, keys, values, self._call.visible)
+        scale = () if config.attention_scale is None else (scalar(config.attention_scale),)
+        y = op.scaled_dot_product_attention(q, keys, values, self._call.visible(layer), *scale)
         y = named(y, f"model.layers.{layer}.self_attn.attention")
         if width > d:
             mass = sliced(y, ints([d]), ints([d + 1]), 3)

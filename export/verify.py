@@ -198,7 +198,7 @@ def _verify_pictures(
     prompt = np.concatenate((ids[:half], picture, ids[half:]))
     image = torch.from_numpy(prompt == facts.image_token_id)
     table = weights.tensor("model.embed_tokens.weight")
-    given = functional.embedding(torch.from_numpy(prompt), table).float()
+    given = functional.embedding(torch.from_numpy(prompt), table).float() * config.embedding_scale
     given[image] = features
     positions = None
     if facts.merge is not None:

@@ -10,6 +10,7 @@ pictures lie.
 import json
 from pathlib import Path
 
+import numpy as np
 import openvino as ov
 from onnx import TensorProto
 from openvino import opset15 as op
@@ -105,6 +106,8 @@ def _text_table(config: DecoderConfig, weights: WeightStore, *, half: bool) -> o
     ids = parameter("input", [-1, -1], ov.Type.i64)
     rows = op.gather(constants.matrix(f"{TABLE}.weight"), ids, ints(0))
     rows.set_friendly_name(TABLE)
+    if config.embedding_scale != 1:
+        rows = op.multiply(rows, scalar(config.embedding_scale))
     result = op.result(rows)
     result.get_output_tensor(0).set_names({EMBEDDINGS})
     model = ov.Model([result], [ids], f"{config.family}_text_embeddings")
@@ -137,6 +140,9 @@ def write_onnx_vision(
         writer = LinearWriter(file, weights, weights_format, contrib=contrib)
         ids = file.input("input_ids", TensorProto.INT64, ["batch", "time"])
         rows = TokenTable(file, writer).embed(TABLE, ids)
+        if config.embedding_scale != 1:
+            scale = file.constant(np.float32(config.embedding_scale))
+            rows = file.node("Mul", [rows, scale], f"{TABLE}.scaled")
         shape: list[int | str] = ["batch", "time", config.hidden_size]
         file.output(EMBEDDINGS, TensorProto.FLOAT, shape)
         file.rename_output(rows, EMBEDDINGS)

@@ -19,7 +19,7 @@ from onnxruntime.capi import (
     onnxruntime_pybind11_state as failures,
 )
 
-from edgekit.bundle import Manifest, StateRecord
+from edgekit.bundle import FRESH_STATES, Manifest, StateRecord
 from edgekit.errors import BundleError, EngineError
 from edgekit.runtime.engine import (
     Array,
@@ -70,7 +70,8 @@ class OnnxEngine:
         self.vocab = manifest.model.vocab_size
         self.all_positions = settings.logits == "all"
         self.inputs = frozenset(item.name for item in self.session.get_inputs())
-        self.in_place = _shares_states(manifest)
+        fresh = FRESH_STATES in self.session.get_modelmeta().custom_metadata_map
+        self.in_place = _shares_states(manifest) and not fresh
 
     def request(self, batch: int) -> "OnnxRequest":
         """A new IO binding with states of its own."""

@@ -4,7 +4,7 @@ B rows (batch), T tokens of one call, S columns appended so far, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,8 +142,7 @@ class Session:
         contents = self._contents(tokens, pictures)
         positions, behind = self._positions(tokens, valid, pictures)
         blocks: list[Floats] = []
-        for start in range(0, tokens.shape[1], self._block):
-            columns = slice(start, start + self._block)
+        for columns in self._blocks(contents):
             part = {name: array[:, columns] for name, array in contents.items()}
             part["position_ids"] = positions[..., columns]
             logits = self._step(part, valid[:, columns])
@@ -164,6 +163,18 @@ class Session:
         """`append`, and the logits of the last position alone, `[B, V]`, however it was opened."""
         logits = self.append(ids, mask, pictures)
         return logits if self._logits == "last" else logits[:, -1]
+
+    def _blocks(self, contents: Mapping[str, Array]) -> Iterator[slice]:
+        """Columns of each engine call; no picture is cut, since its tokens may see each other."""
+        length, start = next(iter(contents.values())).shape[1], 0
+        image = contents.get("spin_image_mask", np.zeros((1, length), np.int64))
+        inside = (image[:, :-1] & image[:, 1:]).any(axis=0)  # between a column and the next
+        while start < length:
+            end = min(start + self._block, length)
+            while end < length and inside[end - 1]:
+                end += 1
+            yield slice(start, end)
+            start = end
 
     def _contents(self, tokens: Integers, pictures: Pictures | None) -> dict[str, Array]:
         """What the graph reads of a call: token ids, or embeddings and where pictures lie."""

@@ -210,9 +210,7 @@ class _Hybrids:
         own = self._student.layers[layer]
         attention = self._teacher.layers[layer].self_attn if restored else own.self_attn
         mixed, _ = attention(own.input_layernorm(x), context)
-        x = x + mixed
-        y: torch.Tensor = x + own.mlp(own.post_attention_layernorm(x))
-        return y
+        return own.after_mixer(x, mixed)
 
     def _divergence(self, x: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         """KL(teacher || hybrid), mean over each row, fp32 `[n]`."""

@@ -68,6 +68,4 @@ def squared_errors(student: Decoder, view: View, autocast: Autocast) -> torch.Te
 
 def _rest(layer: DecoderLayer, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     """What the layer does after its heads."""
-    x = x + layer.self_attn.o_proj(heads)
-    y: torch.Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
-    return y
+    return layer.after_mixer(x, layer.self_attn.o_proj(heads))

@@ -30,6 +30,7 @@ __all__ = [
 
 State = dict[str, torch.Tensor]
 Form = Literal["parallel", "chunked", "recurrent"]
+Rotation = Callable[[torch.Tensor], torch.Tensor]
 NOT_MIXERS = ("base", "graph")
 
 
@@ -64,6 +65,12 @@ class MixerConfig(Protocol):
     def lawcat(self) -> Any: ...
     @property
     def lolcats(self) -> Any: ...
+    @property
+    def attention_scale(self) -> float | None: ...
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def image_attention(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +79,15 @@ class MixerContext:
 
     Attributes:
         rotate: rotates `[B, T, H, d]` by the positions of this step.
+        local_rotate: the same in sliding layers; None: they rotate as the others do.
         mask: 1 for the tokens of this step, 0 for padding, `[B, T]`; None when nothing is padded.
         past_mask: the same for all tokens so far, `[B, S]`, S >= T; None when nothing is padded.
         image: which tokens of this step belong to an image, bool `[B, T]`; None: none.
         form: which of a recurrent mixer's equal forms to compute.
     """
 
-    rotate: Callable[[torch.Tensor], torch.Tensor]
+    rotate: Rotation
+    local_rotate: Rotation | None = None
     mask: torch.Tensor | None = None
     past_mask: torch.Tensor | None = None
     image: torch.Tensor | None = None
@@ -90,9 +99,12 @@ class TokenMixer(nn.Module):
 
     Attributes:
         spin: how this layer's heads are turned down (`models.spin.SpinConfig`); None: they are not.
+        window: keys that softmax sees in this layer if it slides, the query's own among them; None:
+            it does not slide.
     """
 
     spin: Any = None
+    window: int | None = None
 
     def __init__(self, config: MixerConfig) -> None:
         """Create the teacher's four projections, under the teacher's names."""
@@ -112,6 +124,12 @@ class TokenMixer(nn.Module):
         d = self.config.head_dim
         q, k, v = (p(x).unflatten(-1, (-1, d)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
+
+    def rotated(self, x: torch.Tensor, context: MixerContext) -> torch.Tensor:
+        """Heads `[B, T, H, d]` at their positions."""
+        if self.window is None or context.local_rotate is None:
+            return context.rotate(x)
+        return context.local_rotate(x)
 
     def forward(
         self, x: torch.Tensor, context: MixerContext, state: State | None = None

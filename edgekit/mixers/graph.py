@@ -19,7 +19,7 @@ class Graph(Protocol[T]):
     """A graph under construction; a method adds nodes and returns their result's handle."""
 
     def embed(self, name: str) -> T:
-        """Rows of `{name}.weight` for the graph's `input_ids [B, T]`."""
+        """Rows of `{name}.weight` for the graph's `input_ids [B, T]`, scaled as configured."""
         ...
 
     def add(self, x: T, y: T) -> T:
@@ -49,8 +49,12 @@ class Graph(Protocol[T]):
         """silu(gate) * up."""
         ...
 
-    def rope(self, x: T) -> T:
-        """Rotate each head by the graph's `position_ids`, half-split layout.
+    def geglu(self, gate: T, up: T) -> T:
+        """gelu(gate) * up, GELU in its tanh approximation."""
+        ...
+
+    def rope(self, x: T, layer: int) -> T:
+        """Rotate each head by the graph's `position_ids`, half-split layout, as `layer` does.
 
         They are `[B, T]`; with M-RoPE `[3, B, T]`, time, height and width.
         """
@@ -61,9 +65,10 @@ class Graph(Protocol[T]):
         ...
 
     def attention(self, q: T, k: T, v: T, layer: int) -> T:
-        """Causal softmax attention, scale head_dim^-0.5, with a growing key-value state of `layer`.
+        """Causal softmax attention, scaled, with a growing key-value state of `layer`.
 
-        q has num_heads heads, k and v num_kv_heads; padding is taken from `attention_mask`.
+        q has num_heads heads, k and v num_kv_heads; padding is taken from `attention_mask`. A
+        sliding layer sees its window; tokens of one image see each other if configured.
         """
         ...
 

@@ -77,7 +77,7 @@ class Mixer(TokenMixer):
         q, k, v = self.project(x)
         v = self.marked(v, context)
         if self.config.lawcat.position == "rope":
-            q, k = context.rotate(q), context.rotate(k)
+            q, k = self.rotated(q, context), self.rotated(k, context)
         k, v, g = (y.repeat_interleave(repeat, dim=2) for y in (k, v, self.log_decay(x)))
         return q, k, v, g
 
@@ -134,7 +134,7 @@ class Mixer(TokenMixer):
         if config.qk_norm:
             q, k = graph.head_norm(q, f"{prefix}.q_norm"), graph.head_norm(k, f"{prefix}.k_norm")
         if config.lawcat.position == "rope":
-            q, k = graph.rope(q), graph.rope(k)
+            q, k = graph.rope(q, layer), graph.rope(k, layer)
         g = graph.log_decay(x, f"{prefix}.gate_down", f"{prefix}.gate_up")
         if repeat > 1:
             k, v = graph.repeat_heads(k, d, repeat), graph.repeat_heads(v, d, repeat)

@@ -50,7 +50,8 @@ class Mixer(TokenMixer):
     ) -> tuple[torch.Tensor, State]:
         """Read `x [B, T, D]` in the form `context.form`; padding is a no-op."""
         q, k, v = self.project(x)
-        q, k, v = context.rotate(q), context.rotate(k), self.marked(v, context)
+        q, k = self.rotated(q, context), self.rotated(k, context)
+        v = self.marked(v, context)
         packing = _Packing.of(context.mask, x)
         q, k, v = (packing.pack(y).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
         before = self._empty(k, v) if state is None else state
@@ -76,7 +77,7 @@ class Mixer(TokenMixer):
         phi_k = phi_k * gone[:, None, None, :, None]
         with full_precision(q):
             y, after = FORMS[form](
-                widened(queries) * config.head_dim**-0.5,
+                widened(queries) * config.logit_scale,
                 widened(keys),
                 widened(window["value"]),
                 seen,
@@ -123,7 +124,7 @@ class Mixer(TokenMixer):
         q, k, v = graph.linears(x, [f"{prefix}.{n}" for n in ("q_proj", "k_proj", "v_proj")])
         if config.qk_norm:
             q, k = graph.head_norm(q, f"{prefix}.q_norm"), graph.head_norm(k, f"{prefix}.k_norm")
-        y = graph.window_attention(graph.rope(q), graph.rope(k), v, prefix, layer)
+        y = graph.window_attention(graph.rope(q, layer), graph.rope(k, layer), v, prefix, layer)
         return graph.linears(y, [f"{prefix}.o_proj"])[0]
 
 

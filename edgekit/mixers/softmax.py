@@ -1,5 +1,8 @@
 """Softmax attention, as the teacher has it: grouped queries, rotary positions, a key-value cache.
 
+A sliding layer sees its window alone; with `image_attention = "bidirectional"` the tokens of one
+image see each other. Keys outside the window stay in the cache.
+
 The cache grows by one key and one value per token: `key` and `value`, `[B, Hkv, S, d]`. Where SPIN
 scores heads by their logits there is also `spin`, fp32 `[B, Hkv, d + 1]`, constant in size: the sum
 of the image keys so far, and how many they are.
@@ -19,23 +22,31 @@ __all__ = ["Mixer"]
 
 
 class Mixer(TokenMixer):
-    """Causal softmax attention over everything so far."""
+    """Softmax attention, causal but within images."""
 
     def mix(
         self, x: torch.Tensor, context: MixerContext, state: State | None = None
     ) -> tuple[torch.Tensor, State]:
         """Attend from `x [B, T, D]` to the cache and itself."""
         q, k, v = self.project(x)
-        q, k, v = context.rotate(q), context.rotate(k), self.marked(v, context)
+        q, k, v = self.rotated(q, context), self.rotated(k, context), self.marked(v, context)
         sums = self._image_sums(k, context, state)
         looks = None if sums is None else (summed_logits(q, sums), sums[:, :, 0, -1] > 0)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if state is not None:
             k, v = torch.cat((state["key"], k), dim=2), torch.cat((state["value"], v), dim=2)
-        plain = state is None and context.past_mask is None  # then torch needs no mask in memory
-        visible = None if plain else _visible(q, k, context.past_mask)
+        image = context.image if self.config.image_attention == "bidirectional" else None
+        limits = (context.past_mask, self.window, image)
+        # torch needs no mask in memory then
+        plain = state is None and all(limit is None for limit in limits)
         y = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=plain, enable_gqa=True
+            q,
+            k,
+            v,
+            attn_mask=None if plain else _visible(q, k, *limits),
+            is_causal=plain,
+            scale=self.config.attention_scale,
+            enable_gqa=True,
         )
         after = {"key": k, "value": v}
         if sums is not None:
@@ -64,16 +75,37 @@ class Mixer(TokenMixer):
         q, k, v = graph.linears(x, [f"{prefix}.{n}" for n in ("q_proj", "k_proj", "v_proj")])
         if config.qk_norm:
             q, k = graph.head_norm(q, f"{prefix}.q_norm"), graph.head_norm(k, f"{prefix}.k_norm")
-        y = graph.attention(graph.rope(q), graph.rope(k), v, layer)
+        y = graph.attention(graph.rope(q, layer), graph.rope(k, layer), v, layer)
         return graph.linears(y, [f"{prefix}.o_proj"])[0]
 
 
-def _visible(q: torch.Tensor, k: torch.Tensor, past_mask: torch.Tensor | None) -> torch.Tensor:
+def _visible(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    past_mask: torch.Tensor | None,
+    window: int | None,
+    image: torch.Tensor | None,
+) -> torch.Tensor:
     """Which keys each query sees, `[.., T, S]`; a padded query sees itself."""
     time, total = q.shape[2], k.shape[2]
     rows = torch.arange(total - time, total, device=q.device)[:, None]
     columns = torch.arange(total, device=q.device)
-    causal = columns <= rows
+    seen = columns <= rows
+    if window is not None:
+        seen = seen & (columns > rows - window)
+    if image is not None:
+        seen = seen | _same_image(image, total)
     if past_mask is None:
-        return causal
-    return (causal & past_mask.bool()[:, None, None, :]) | (columns == rows)
+        return seen
+    return (seen & past_mask.bool()[:, None, None, :]) | (columns == rows)
+
+
+def _same_image(image: torch.Tensor, total: int) -> torch.Tensor:
+    """Which keys are of the query's own image, `[B, 1, T, S]`: no text lies between them.
+
+    `image` says which of the last T tokens belong to an image, bool `[B, T]`.
+    """
+    number = ((~image).cumsum(dim=1) + 1) * image  # 0 for text
+    keys = functional.pad(number, (total - image.shape[1], 0))[:, None, None, :]
+    queries = number[:, None, :, None]
+    return (queries == keys) & (queries > 0)

@@ -8,7 +8,7 @@ from edgekit.models.spin import SpinConfig
 
 __all__ = ["DecoderConfig", "LawcatConfig", "LolcatsConfig", "RopeConfig"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 INDICATOR_COLUMNS = 8  # of cached values under SPIN: one is read, eight keep attention fast
 
 
@@ -113,17 +113,31 @@ class LolcatsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
-    """A pre-norm decoder with rotary attention, SwiGLU and a token mixer chosen per layer.
+    """A pre-norm decoder with rotary attention, a gated MLP and a token mixer chosen per layer.
 
     Attributes:
         family: which foreign family it came from; kept for `config.json`, never branched on for
             maths.
         head_dim: width of one head; need not be hidden_size / num_heads.
-        qk_norm: RMS norm over each head of q and k (Qwen3).
-        context_length: positions a softmax layer may see: the model's limit or its sliding window.
+        qk_norm: RMS norm over each head of q and k (Qwen3, Gemma3).
+        embedding_scale: what the embeddings of tokens are multiplied with; embeddings that are
+            given, those of images among them, come as they are to be read.
+        activation: of the MLP's gate; `gelu_tanh` is GELU in its tanh approximation.
+        sandwich_norms: what the mixer and the MLP return is normed too, before its residual sum
+            (Gemma3).
+        attention_scale: what q k^T is multiplied with; None: head_dim^-0.5.
+        sliding_layers: the layers whose softmax sees `sliding_window` keys, the query's own among
+            them; the others see all.
+        sliding_window: None only where no layer slides.
+        local_rope: how sliding layers rotate; None: as the others do.
+        context_length: positions a softmax layer may see: the model's limit or, in families whose
+            windows are no masks here, its sliding window.
         mixers: registry key of each layer's token mixer.
         reads: token ids, or embeddings where images have theirs among those of tokens.
-        image_flag: SPIN reads where images lie from one more channel of the embeddings, which is 1
+        image_attention: `bidirectional` lets the tokens of an image see each other in softmax
+            layers, whatever their order and the window. An image is a run of image tokens of one
+            call: text must lie between two images, and no image may be cut across calls.
+        image_flag: where images lie is read from one more channel of the embeddings, which is 1
             there, and not from an input of its own: for runtimes that know no such input.
         spin: heads turned down by how far they look at the image; None, also where one is given
             that changes nothing: all count alike.
@@ -144,6 +158,13 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    embedding_scale: float = 1.0
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    sandwich_norms: bool = False
+    attention_scale: float | None = None
+    sliding_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    local_rope: RopeConfig | None = None
     tied_head: bool = True
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -152,6 +173,7 @@ class DecoderConfig:
     lawcat: LawcatConfig = field(default_factory=LawcatConfig)
     lolcats: LolcatsConfig = field(default_factory=LolcatsConfig)
     reads: Literal["tokens", "embeddings"] = "tokens"
+    image_attention: Literal["causal", "bidirectional"] = "causal"
     image_flag: bool = False
     spin: SpinConfig | None = None
 
@@ -171,12 +193,21 @@ class DecoderConfig:
                 f"mrope_section {sections} given; allowed: sizes of {self.head_dim // 2} in all, "
                 "half of head_dim"
             )
+        self._check_windows()
         if self.image_flag and self.reads != "embeddings":
             raise UsageError("image_flag given for token ids; it is a channel of embeddings")
         if self.spin is not None:
             self._check_spin(self.spin)
             if self.spin.inert(self.num_heads):
                 object.__setattr__(self, "spin", None)
+
+    def _check_windows(self) -> None:
+        if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers):
+            raise UsageError(
+                f"sliding_layers {self.sliding_layers} given; allowed: 0 to {self.num_layers - 1}"
+            )
+        if self.sliding_layers and (self.sliding_window or 0) < 1:
+            raise UsageError(f"sliding_window {self.sliding_window} given; allowed: 1 or more")
 
     def _check_spin(self, spin: SpinConfig) -> None:
         spin.kept(self.num_heads)
@@ -187,6 +218,12 @@ class DecoderConfig:
                 f"{' and '.join(sorted(chosen - {'softmax'}))} layers do not have; leave them out "
                 "of spin.layers, or score by 'mass'"
             )
+        sliding = set(self.sliding_layers).intersection(spin.chosen(self.num_layers))
+        if spin.score == "logit" and sliding:
+            raise UnsupportedError(
+                "spin score 'logit' sums every image key, and sliding layers such as "
+                f"{min(sliding)} forget them; leave them out of spin.layers, or score by 'mass'"
+            )
         if "lawcat" in chosen and not self.lawcat.normaliser:
             raise UsageError("SPIN reads the share of a LAWCAT head from its normaliser; keep it")
 
@@ -194,6 +231,20 @@ class DecoderConfig:
     def groups(self) -> int:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def logit_scale(self) -> float:
+        """What q k^T is multiplied with."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def window(self, layer: int) -> int | None:
+        """Keys that softmax sees in a layer, the query's own among them; None: all."""
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """How a layer rotates."""
+        local = self.local_rope if layer in self.sliding_layers else None
+        return self.rope if local is None else local
 
     @property
     def feature_dim(self) -> int:
@@ -228,6 +279,12 @@ class DecoderConfig:
         """Columns of a softmax layer's exported values: the head, and SPIN's indicator."""
         marked = self.is_gated(layer) and not self.sums_keys(layer)
         return self.head_dim + INDICATOR_COLUMNS * marked
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether any layer asks which tokens belong to an image."""
+        looks = self.image_attention == "bidirectional" and "softmax" in self.mixers
+        return looks or self.spin is not None
 
     @property
     def needs_positions(self) -> bool:

@@ -5,6 +5,7 @@ width.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,32 +13,55 @@ from torch import nn
 from torch.nn import functional
 
 from edgekit.errors import UsageError
-from edgekit.mixers.base import Form, MixerContext, State, TokenMixer, mixer_type
-from edgekit.models.config import DecoderConfig
+from edgekit.mixers.base import Form, MixerContext, Rotation, State, TokenMixer, mixer_type
+from edgekit.models.config import DecoderConfig, RopeConfig
 from edgekit.models.rope import apply_rope, rope_tables
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 
 __all__ = ["Decoder", "DecoderLayer", "step_context", "streamed_logits", "with_fresh_mixers"]
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+class Embedding(nn.Embedding):
+    """The embeddings of tokens, scaled."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self._scale = config.embedding_scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids `[B, T]` to `[B, T, D]`."""
+        rows = super().forward(ids)
+        return rows if self._scale == 1 else rows * self._scale
+
 
 class Mlp(nn.Module):
-    """SwiGLU feed-forward (arXiv 2002.05202)."""
+    """Feed-forward with a gate (SwiGLU or GEGLU, arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self._active = ACTIVATIONS[config.activation]
         self.gate_proj = nn.Linear(d, inner, bias=bias)
         self.up_proj = nn.Linear(d, inner, bias=bias)
         self.down_proj = nn.Linear(inner, d, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`."""
-        y: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        y: torch.Tensor = self.down_proj(self._active(self.gate_proj(x)) * self.up_proj(x))
         return y
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm mixer and feed-forward, each with a residual."""
+    """Pre-norm mixer and feed-forward, each with a residual.
+
+    In a sandwich, `post_attention_layernorm` norms what the mixer returns; elsewhere it stands
+    before the feed-forward. Names are those of the checkpoints.
+    """
 
     self_attn: TokenMixer
 
@@ -48,7 +72,14 @@ class DecoderLayer(nn.Module):
         self.self_attn = mixer_type(config.mixers[layer])(config)
         if config.is_gated(layer):
             self.self_attn.spin = config.spin
+        self.self_attn.window = config.window(layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._sandwiched = config.sandwich_norms
+        if self._sandwiched:
+            self.pre_feedforward_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.post_feedforward_layernorm = nn.RMSNorm(
+                config.hidden_size, eps=config.rms_norm_eps
+            )
         self.mlp = Mlp(config)
 
     def forward(
@@ -56,14 +87,24 @@ class DecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, State]:
         """`[B, T, D]` to `[B, T, D]`, and the mixer's state after it."""
         mixed, after = self.self_attn(self.input_layernorm(x), context, state)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), after
+        return self.after_mixer(x, mixed), after
+
+    def after_mixer(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The layer's output, from its input and from what the mixer returned, `[B, T, D]` each."""
+        if self._sandwiched:
+            x = x + self.post_attention_layernorm(mixed)
+            y = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        else:
+            x = x + mixed
+            y = self.mlp(self.post_attention_layernorm(x))
+        after: torch.Tensor = x + y
+        return after
 
 
 class _Trunk(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -121,7 +162,8 @@ class Decoder(nn.Module):
             given: token ids `[B, T]`, or embeddings `[B, T, D]`.
             mask: 1 for tokens, 0 for padding, over everything so far `[B, S]`, S >= T; None: no
                 padding.
-            image: which of these T belong to an image, bool `[B, T]`, for SPIN; None: none.
+            image: which of these T belong to an image, bool `[B, T]`, for SPIN and for attention
+                within images; None: none.
             positions: of these T, int64 `[B, T]`, or `[3, B, T]` with M-RoPE; None: tokens are
                 counted. With M-RoPE they must be given from the first image of a sequence on,
                 since what follows an image does not go on from the count.
@@ -196,10 +238,20 @@ def step_context(
             f"positions {list(positions.shape)} given; allowed: [B, T], since this model's rotary "
             "embedding has no mrope_section"
         )
-    cos, sin = rope_tables(config.rope, config.head_dim, positions)
-    rotate: Callable[[torch.Tensor], torch.Tensor] = lambda x: apply_rope(x, cos, sin)  # noqa: E731
-    recent = None if mask is None else mask[:, total - time :]
-    return MixerContext(rotate=rotate, mask=recent, past_mask=mask, image=image, form=form)
+    local = config.local_rope
+    return MixerContext(
+        rotate=_rotation(config.rope, config.head_dim, positions),
+        local_rotate=None if local is None else _rotation(local, config.head_dim, positions),
+        mask=None if mask is None else mask[:, total - time :],
+        past_mask=mask,
+        image=image,
+        form=form,
+    )
+
+
+def _rotation(rope: RopeConfig, head_dim: int, positions: torch.Tensor) -> Rotation:
+    cos, sin = rope_tables(rope, head_dim, positions)
+    return lambda x: apply_rope(x, cos, sin)
 
 
 def with_fresh_mixers(config: DecoderConfig, store: WeightStore) -> WeightStore:
@@ -238,7 +290,10 @@ def streamed_logits(
     time = given.shape[1]
     context = step_context(config, time, time, None, form, given.device, image, positions)
     table = store.tensor("model.embed_tokens.weight")
-    x = (given if given.is_floating_point() else functional.embedding(given, table)).to(dtype)
+    if given.is_floating_point():
+        x = given.to(dtype)
+    else:
+        x = functional.embedding(given, table).to(dtype) * config.embedding_scale
     for i in range(config.num_layers):
         x, _ = _loaded_layer(config, store, i, dtype)(x, context)
     x = functional.rms_norm(

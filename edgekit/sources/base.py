@@ -23,12 +23,15 @@ class VisionSource:
         image_token_id: stands for one embedding of a picture among token ids.
         processor: how a picture becomes pixels, as `preprocessor_config.json` says it.
         merge: patches along each side of one embedding, where pictures have any size; else None.
+        markers: tokens before and after the image tokens of a picture, of which the first stands
+            for the picture in a prompt; None: the family's usual texts.
     """
 
     family: str
     image_token_id: int
     processor: dict[str, Any]
     merge: int | None = None
+    markers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,11 +13,18 @@ from edgekit.models.weights import WeightStore
 from edgekit.sources.base import Source, read_json, sha256_of
 from edgekit.sources.checks import check_weights
 from edgekit.sources.hf_config import parse_config
-from edgekit.sources.vlm import TextStore, is_vision_language, text_config, vision_source
+from edgekit.sources.vlm import (
+    BIDIRECTIONAL,
+    TextStore,
+    is_vision_language,
+    text_config,
+    vision_source,
+)
 
-__all__ = ["SafetensorsStore", "open_directory"]
+__all__ = ["OFFSET_NORMS", "OffsetNorms", "SafetensorsStore", "open_directory"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OFFSET_NORMS = ("gemma3_text",)  # families whose norms multiply by 1 + w
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -53,6 +60,24 @@ class SafetensorsStore:
             raise SourceError(f"the source has no tensor {name!r}; is the checkpoint complete?")
         tensor: torch.Tensor = self._handles[name].get_tensor(name)
         return tensor
+
+
+class OffsetNorms:
+    """A store whose norms hold w where they multiply by 1 + w, which it returns, in fp32."""
+
+    def __init__(self, base: WeightStore) -> None:
+        self._base = base
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor called `name`."""
+        tensor = self._base.tensor(name)
+        return 1.0 + tensor.float() if name.endswith("norm.weight") else tensor
 
 
 def _open(path: Path) -> tuple[Any, frozenset[str]]:
@@ -99,8 +124,11 @@ def open_directory(
     else:
         stored = text = TextStore(stored)
         config, config_notes = parse_config(text_config(foreign), _generation(directory))
-        config = replace(config, tied_head=text.tied)
+        attention = "bidirectional" if vision.family in BIDIRECTIONAL else "causal"
+        config = replace(config, tied_head=text.tied, image_attention=attention)
     check_weights(config, stored)
+    if config.family in OFFSET_NORMS:
+        stored = OffsetNorms(stored)
     name = name or directory.resolve().name
     identity = {"kind": "hf-directory", "name": name} if identity is None else dict(identity)
     if "sha256" not in identity:

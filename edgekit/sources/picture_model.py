@@ -18,6 +18,12 @@ from edgekit.sources.vlm import PATCHED, VISION_FAMILIES, vision_facts
 
 __all__ = ["PictureModel", "open_picture_model", "whole_model"]
 
+# What the argument is called that is 1 on image tokens, where a model needs it.
+IMAGE_TYPES = {
+    "qwen2_vl": "mm_token_type_ids",
+    "qwen2_5_vl": "mm_token_type_ids",
+    "gemma3": "token_type_ids",
+}
 NESTED = ("smolvlm", "idefics3")  # take pixels as [rows, pictures, 3, H, W]
 
 
@@ -61,9 +67,8 @@ class PictureModel:
         ids = torch.from_numpy(self.tokenizer.encode_prompt(text))[None]
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         family = self.model.config.model_type
-        if family in PATCHED:
-            image = ids == self.model.config.image_token_id
-            found["mm_token_type_ids"] = image.int()
+        if family in IMAGE_TYPES:
+            found[IMAGE_TYPES[family]] = (ids == self.model.config.image_token_id).long()
         if seen is not None:
             calls = [torch.from_numpy(call["pixel_values"]) for call in seen.calls]
             pixels = torch.cat(calls)

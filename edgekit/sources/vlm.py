@@ -16,6 +16,7 @@ from edgekit.models.weights import WeightStore
 from edgekit.sources.base import VisionSource, read_json
 
 __all__ = [
+    "BIDIRECTIONAL",
     "PATCHED",
     "VISION_FAMILIES",
     "TextStore",
@@ -39,8 +40,10 @@ MARKERS: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     ),
     "qwen2_vl": (("", ""), ("<|vision_start|>", "<|vision_end|>")),
     "qwen2_5_vl": (("", ""), ("<|vision_start|>", "<|vision_end|>")),
+    "gemma3": (("\n\n", "\n\n"), ("", "")),  # around the markers that its config names
 }
 VISION_FAMILIES = tuple(MARKERS)
+BIDIRECTIONAL = ("gemma3",)  # tokens of one picture see each other
 PATCHED = ("qwen2_vl", "qwen2_5_vl")  # read pictures of any size, in patches
 TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -90,6 +93,7 @@ def vision_source(directory: Path, config: Mapping[str, Any]) -> VisionSource:
         image_token_id=found[0],
         processor=_image_processor(directory),
         merge=_merge(config),
+        markers=_markers(config),
     )
 
 
@@ -97,6 +101,14 @@ def _merge(config: Mapping[str, Any]) -> int | None:
     if config["model_type"] not in PATCHED:
         return None
     return int(config.get("vision_config", {}).get("spatial_merge_size", 2))
+
+
+def _markers(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    found = [config.get(key) for key in ("boi_token_index", "eoi_token_index")]
+    first, last = found
+    if not isinstance(first, int) or not isinstance(last, int):
+        return None
+    return first, last
 
 
 def vision_facts(vision: VisionSource, directory: Path, tokens: int | None) -> VisionFacts:
@@ -115,20 +127,25 @@ def vision_facts(vision: VisionSource, directory: Path, tokens: int | None) -> V
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise SourceError(f"{directory}: has no tokenizer.json, which prompts with pictures need")
-    token = Tokenizer.from_file(str(path)).id_to_token(vision.image_token_id)
-    if token is None:
+    tokenizer = Tokenizer.from_file(str(path))
+    ids = (vision.image_token_id, *(vision.markers or ()))
+    token, *markers = (tokenizer.id_to_token(number) for number in ids)
+    if None in (token, *markers):
         raise SourceError(
-            f"{path}: has no token {vision.image_token_id}, which config.json names as the image "
-            "token; fetch the model again"
+            f"{path}: lacks one of the tokens {', '.join(map(str, ids))}, which config.json names "
+            "for images; fetch the model again"
         )
     (before, after), (opening, closing) = MARKERS[vision.family]
+    if markers:
+        before, after = before + markers[0], markers[1] + after
+    placeholder = markers[0] if markers else token
     return VisionFacts(
         family=vision.family,
         image_token_id=vision.image_token_id,
         image_token=token,
         tokens=tokens,
-        placeholder=token,
-        inserted=f"{opening}{token}{closing}",
+        placeholder=placeholder,
+        inserted=f"{opening}{placeholder}{closing}",
         before=before,
         after=after,
         merge=vision.merge,

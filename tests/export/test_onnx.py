@@ -19,7 +19,7 @@ from edgekit.models.decoder import Decoder
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 from edgekit.testing import scrambled_decoder
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 LAYOUTS = {
     "softmax": (("softmax",) * 3, "q_head"),
     "lawcat-q": (("lawcat",) * 3, "q_head"),
@@ -111,7 +111,7 @@ def test_ragged_blocks_equal_one_pass(
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_left_padding_is_a_no_op(
     family: str, layout: str, ops: str, tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -148,8 +148,11 @@ def test_padding_in_a_later_call_is_a_no_op(
 
 
 @pytest.mark.parametrize("ops", OPS)
-def test_rope_on_the_recurrent_path(ops: str, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    config, weights, decoder = model_of(tiny_checkpoint("qwen3"), "lawcat-q", position="rope")
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_rope_on_the_recurrent_path(
+    family: str, ops: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint(family), "lawcat-q", position="rope")
     write_onnx(config, weights, tmp_path, ops=ops)
     ids = torch.randint(0, config.vocab_size, (2, 70))
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from edgekit.models.decoder import Decoder
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 from edgekit.testing import scrambled_decoder
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 LAYOUTS = {
     "softmax": (("softmax",) * 3, "q_head"),
     "lawcat-q": (("lawcat",) * 3, "q_head"),
@@ -77,8 +77,11 @@ def test_ragged_blocks_equal_one_pass(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_left_padding_is_a_no_op(layout: str, tiny_checkpoint: Callable[..., Path]) -> None:
-    config, weights, decoder = model_of(tiny_checkpoint("qwen3"), layout)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_left_padding_is_a_no_op(
+    family: str, layout: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint(family), layout)
     lengths, width = (3, 70, 131), 131
     ids = torch.randint(0, config.vocab_size, (3, width))
     mask = np.array([[0] * (width - n) + [1] * n for n in lengths])
@@ -126,8 +129,9 @@ def test_gates_at_the_floor_stay_finite(tiny_checkpoint: Callable[..., Path]) ->
         assert np.abs(logits[0, 0] - expected[0, -1].numpy()).max() <= MAX_ABS, bias
 
 
-def test_rope_on_the_recurrent_path(tiny_checkpoint: Callable[..., Path]) -> None:
-    config, weights, decoder = model_of(tiny_checkpoint("llama"), "lawcat-q", position="rope")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_rope_on_the_recurrent_path(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    config, weights, decoder = model_of(tiny_checkpoint(family), "lawcat-q", position="rope")
     ids = torch.randint(0, config.vocab_size, (1, 90))
     with torch.inference_mode():
         expected, _ = decoder(ids)
@@ -224,9 +228,10 @@ def test_state_names_and_shapes(tiny_checkpoint: Callable[..., Path]) -> None:
     assert names["cache_params.past.ssm.1"][1:] == [2, 16, 24]
 
 
-def test_attention_stays_fused(tiny_checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_attention_stays_fused(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
     """The plug-in keeps keys and values inside the attention node if it recognises the form."""
-    config, weights, _ = model_of(tiny_checkpoint("qwen2"), "softmax")
+    config, weights, _ = model_of(tiny_checkpoint(family), "softmax")
     compiled = ov.Core().compile_model(build_openvino(config, weights), "CPU", PRECISE)
     nodes = compiled.get_runtime_model().get_ops()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]

@@ -166,7 +166,7 @@ def reference(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lowering", ["topk", "rank"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_ragged_blocks_equal_one_pass(
     family: str,
     layout: str,

@@ -23,7 +23,7 @@ from edgekit.spin import apply
 from edgekit.testing_vlm import IMAGE, write_tiny_vlm
 
 ENGINES = ("openvino", "onnx")
-FAMILIES = ("llava", "llava-gqa", "smolvlm", "qwen2-vl", "qwen2.5-vl")
+FAMILIES = ("llava", "llava-gqa", "smolvlm", "qwen2-vl", "qwen2.5-vl", "gemma3")
 SPIN = SpinConfig(suppress=1, alpha=0.0)
 NEW_TOKENS = 12
 MAX_ABS = 1e-4
@@ -106,7 +106,7 @@ def test_words_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2-vl"])
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2-vl", "gemma3"])
 def test_spin_is_that_of_the_torch_form(
     made: Callable[..., Made], family: str, engine: str
 ) -> None:

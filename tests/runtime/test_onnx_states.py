@@ -1,14 +1,18 @@
 """How the ONNX engine carries states: in place with contrib operators, fresh tensors without."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgekit.export.pipeline import convert
+from edgekit.export.to_onnx import write_onnx
 from edgekit.runtime import Model, Session, load
+from edgekit.runtime.engine import EngineSettings
 from edgekit.runtime.ort import FreshRequest, InPlaceRequest, OnnxEngine
+from edgekit.sources import open_source
 from edgekit.testing import TOLERANCE, assert_close
 
 Loader = Callable[..., Model]
@@ -95,6 +99,19 @@ def test_in_place_equals_fresh_tensors_bit_for_bit(
     assert len(results[0][1]) == len(records)
     for key, state in results[0][1].items():
         np.testing.assert_array_equal(state, results[1][1][key])
+
+
+def test_attention_within_images_gets_fresh_tensors(
+    opened: Loader, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its cache is a concatenation, though the bundle's operators are contrib ones."""
+    source = open_source(tiny_checkpoint("llama"))
+    write_onnx(replace(source.config, image_attention="bidirectional"), source.weights, tmp_path)
+    settings = EngineSettings(
+        device="CPU", logits="last", threads=1, cache_dir=None, precision="f32"
+    )
+    engine = OnnxEngine(tmp_path, opened("softmax", "onnx").manifest, settings)
+    assert isinstance(engine.request(1), FreshRequest)
 
 
 def test_buffers_double_and_keep_what_they_held(opened: Loader) -> None:

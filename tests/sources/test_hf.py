@@ -28,6 +28,7 @@ VARIANTS = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3_text", {}),
     "llama-attention-and-mlp-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide-heads": ("llama", {"head_dim": 40}),
     "llama-no-grouping": ("llama", {"num_key_value_heads": 4}),
@@ -36,6 +37,19 @@ VARIANTS = {
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("llama", {"rope_parameters": LINEAR}),
     "qwen3-bias": ("qwen3", {"attention_bias": True}),
+    "gemma3-bias-untied": (
+        "gemma3_text",
+        {"attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma3-scaled-rope": (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LLAMA3}},
+    ),
+    "gemma3-six-layers-a-pattern": (
+        "gemma3_text",
+        {"num_hidden_layers": 7, "layer_types": None},
+    ),
+    "gemma3-bf16": ("gemma3_text", {"dtype": "bfloat16"}),
     "qwen2-bf16": ("qwen2", {"dtype": "bfloat16"}),
     "llama-fp16": ("llama", {"dtype": "float16"}),
     "qwen3-sharded": ("qwen3", {"max_shard_size": "60KB"}),
@@ -89,6 +103,19 @@ def test_stored_tensors_are_read_bit_for_bit(tiny_checkpoint: Tiny) -> None:
     assert tensor.dtype == torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.bfloat16)
     assert torch.equal(tensor, model.model.layers[1].self_attn.k_proj.bias)
+
+
+def test_norms_that_add_one_are_read_with_it(tiny_checkpoint: Tiny) -> None:
+    source = open_source(tiny_checkpoint("gemma3_text", dtype="bfloat16"))
+    model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.bfloat16).model
+    for name, norm in (
+        ("norm", model.norm),
+        ("layers.1.pre_feedforward_layernorm", model.layers[1].pre_feedforward_layernorm),
+        ("layers.2.self_attn.k_norm", model.layers[2].self_attn.k_norm),
+    ):
+        assert torch.equal(source.weights.tensor(f"model.{name}.weight"), 1 + norm.weight.float())
+    projection = source.weights.tensor("model.layers.1.self_attn.o_proj.weight")
+    assert torch.equal(projection, model.layers[1].self_attn.o_proj.weight)
 
 
 def test_identity_changes_with_the_weights(tiny_checkpoint: Tiny) -> None:

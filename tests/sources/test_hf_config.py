@@ -92,6 +92,79 @@ def test_a_sliding_window_limits_the_context_and_says_so(case: str) -> None:
     assert all(str(context) in note for note in notes)
 
 
+GEMMA3 = {"full": "full_attention", "sliding": "sliding_attention"}
+GEMMA3_ROPES = {
+    "absent": ({}, RopeConfig(theta=1e6), RopeConfig()),
+    "v4": (
+        {
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 2e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        RopeConfig(theta=5e5, kind="linear", factor=8.0),
+        RopeConfig(theta=2e4),
+    ),
+    "v5": (
+        {
+            "rope_parameters": {
+                GEMMA3["full"]: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                GEMMA3["sliding"]: {"rope_type": "default", "rope_theta": 2e4},
+            }
+        },
+        RopeConfig(theta=5e5, kind="linear", factor=8.0),
+        RopeConfig(theta=2e4),
+    ),
+    "v5-of-one-kind": (
+        {"rope_parameters": {GEMMA3["full"]: {"rope_type": "default"}}},
+        RopeConfig(theta=1e6),
+        RopeConfig(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GEMMA3_ROPES)
+def test_gemma3_rotates_in_two_ways(case: str) -> None:
+    keys, full, local = GEMMA3_ROPES[case]
+    parsed, _ = parse_config(config("gemma3_text", **keys), {})
+    assert (parsed.rope, parsed.local_rope) == (full, local)
+
+
+GEMMA3_LAYERS = {
+    "types": ({"layer_types": [GEMMA3["full"], GEMMA3["sliding"], GEMMA3["full"]]}, (1,)),
+    "default-pattern": ({"num_hidden_layers": 8}, (0, 1, 2, 3, 4, 6, 7)),
+    "pattern": ({"sliding_window_pattern": 2}, (0, 2)),
+    "none": ({"sliding_window_pattern": 1, "sliding_window": None}, ()),
+}
+
+
+@pytest.mark.parametrize("case", GEMMA3_LAYERS)
+def test_gemma3_slides_and_keeps_its_whole_context(case: str) -> None:
+    keys, sliding = GEMMA3_LAYERS[case]
+    parsed, notes = parse_config(config("gemma3_text", **{"sliding_window": 20, **keys}), {})
+    assert parsed.sliding_layers == sliding
+    assert parsed.sliding_window == (20 if sliding else None)
+    assert (parsed.context_length, notes) == (512, ())
+
+
+def test_what_a_published_gemma3_leaves_out() -> None:
+    """The text_config of gemma-3-4b-it has these keys and a scaled rope."""
+    published = {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }
+    parsed, _ = parse_config(published, {})
+    assert (parsed.num_heads, parsed.num_kv_heads, parsed.head_dim) == (8, 4, 256)
+    assert (parsed.vocab_size, parsed.context_length) == (262208, 131072)
+    assert parsed.sliding_layers == tuple(i for i in range(34) if i % 6 != 5)
+    assert parsed.embedding_scale == 2560**0.5
+    assert parsed.logit_scale == 1 / 16
+    assert parsed.tied_head
+    assert parsed.qk_norm
+
+
 EOS = {
     "integer": (config(eos_token_id=2), {}, (2,)),
     "list": (config(eos_token_id=[2, 7]), {}, (2, 7)),
@@ -124,6 +197,26 @@ UNSUPPORTED = {
     ),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "gptq.*plain fp32"),
     "activation": (config(hidden_act="gelu"), "hidden_act 'gelu' given; supported: 'silu'"),
+    "gemma3-activation": (
+        config("gemma3_text", hidden_activation="gelu"),
+        "hidden_activation 'gelu' given; supported: 'gelu_pytorch_tanh'",
+    ),
+    "gemma3-attention-cap": (
+        config("gemma3_text", attn_logit_softcapping=50.0),
+        r"attn_logit_softcapping 50\.0 given",
+    ),
+    "gemma3-final-cap": (
+        config("gemma3_text", final_logit_softcapping=30.0),
+        r"final_logit_softcapping 30\.0 given",
+    ),
+    "gemma3-encoder": (
+        config("gemma3_text", use_bidirectional_attention=True),
+        "use_bidirectional_attention True given",
+    ),
+    "gemma3-one-rope": (
+        config("gemma3_text", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        "a set for each of full_attention, sliding_attention",
+    ),
     "layer-type": (config("qwen3", layer_types=["linear_attention"] * 3), "layer type"),
     "yarn": (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope type 'yarn'"),
     "dynamic": (config(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic'"),
@@ -157,6 +250,11 @@ BROKEN = {
     "eos-text": (config(eos_token_id="</s>"), "eos_token_id '</s>' given"),
     "no-factor": (config(rope_scaling={"type": "linear"}), "factor is None"),
     "theta": (config(rope_theta=-1.0), "rope_theta is -1.0"),
+    "gemma3-window": (config("gemma3_text", sliding_window=None), "sliding_window is None"),
+    "gemma3-layers": (
+        config("gemma3_text", layer_types=["full_attention"]),
+        "1 layer_types given for 3 layers",
+    ),
 }
 
 
