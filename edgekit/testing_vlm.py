@@ -27,7 +27,7 @@ __all__ = ["TINY_VLMS", "TinyVlm", "qwen_language", "tiny_vlm", "write_tiny_vlm"
 IMAGE, VOCABULARY, SIDE, PATCH = 300, 320, 32, 8  # token id; tokens; pixels
 PAD, BOS, EOS, VISION_START, VISION_END = 0, 1, 2, 301, 302
 PATCHES = (SIDE // PATCH) ** 2
-# Special tokens from `IMAGE` on, up to the vocabulary's end.
+# Special tokens from `IMAGE` on; spare ones follow, up to the vocabulary's end.
 MARKERS = (
     "<image>",
     "<|vision_start|>",
@@ -35,7 +35,7 @@ MARKERS = (
     "<fake_token_around_image>",
     "<global-img>",
 )
-ADDED = (*MARKERS, *(f"<spare_{i}>" for i in range(VOCABULARY - IMAGE - len(MARKERS))))
+QWEN_MARKERS = ("<|image_pad|>", *MARKERS[1:3])
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
@@ -80,6 +80,12 @@ MROPE: Mapping[str, Any] = {
     "rope_type": "default",
     "rope_theta": 10000.0,
     "mrope_section": [2, 3, 3],
+}
+SQUARE: Mapping[str, Any] = {
+    **PROCESSOR,
+    "image_processor_type": "Gemma3ImageProcessor",
+    "size": {"height": SIDE, "width": SIDE},
+    "do_center_crop": False,
 }
 PATCHER: Mapping[str, Any] = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -188,10 +194,16 @@ def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
     """
     vlm = tiny_vlm(family, seed=seed)
     vlm.model.save_pretrained(directory)
-    mark = MARKERS[1] if family == "gemma3" else MARKERS[0]
+    markers, mark, settings = MARKERS, MARKERS[0], PROCESSOR
+    if family == "gemma3":
+        mark, settings = MARKERS[1], SQUARE
+    if family.startswith("qwen"):
+        markers, settings = QWEN_MARKERS, PATCHER
+        mark = "{1}{0}{2}".format(*QWEN_MARKERS)
+    spare = [f"<spare_{i}>" for i in range(VOCABULARY - IMAGE - len(markers))]
     template = CHAT_TEMPLATE.replace(MARKERS[0], mark)
-    write_tiny_tokenizer(directory, added=ADDED, chat_template=template)
-    text = json.dumps(PATCHER if family.startswith("qwen") else PROCESSOR, indent=2)
+    write_tiny_tokenizer(directory, added=[*markers, *spare], chat_template=template)
+    text = json.dumps(settings, indent=2)
     (directory / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
     return vlm
 

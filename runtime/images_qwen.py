@@ -215,7 +215,7 @@ class PatchGrid:
             window=window if windowed else None,
         )
 
-    def inputs(self, grid: Sequence[int]) -> dict[str, npt.NDArray[Any]]:
+    def inputs(self, grid: Sequence[int] | Ints) -> dict[str, npt.NDArray[Any]]:
         """Inputs of the graphs beside the patches, by name, for one picture.
 
         Args:

@@ -46,7 +46,8 @@ class OpenVinoEngine:
         graphs = [name for name in manifest.engine_files("openvino") if name.endswith(".xml")]
         compiled = [_compiled(core, directory / name, settings) for name in graphs]
         self._compiled, *others = compiled
-        self._table, self._vision = (others[0], others[1:]) if others else (None, [])
+        self._table: Any = others[0] if others else None
+        self._vision = others[1:]
         self.compile_seconds = time.perf_counter() - started
         self.inputs = frozenset(
             name for port in self._compiled.inputs for name in port.get_names()

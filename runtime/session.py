@@ -168,7 +168,9 @@ class Session:
         """Columns of each engine call; no picture is cut, since its tokens may see each other."""
         length, start = next(iter(contents.values())).shape[1], 0
         image = contents.get("spin_image_mask", np.zeros((1, length), np.int64))
-        inside = (image[:, :-1] & image[:, 1:]).any(axis=0)  # between a column and the next
+        inside = (image[:, :-1] & image[:, 1:]).max(
+            axis=0, initial=0
+        )  # between a column and the next
         while start < length:
             end = min(start + self._block, length)
             while end < length and inside[end - 1]:

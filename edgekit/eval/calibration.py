@@ -273,7 +273,8 @@ def _listed(by_layer: Mapping[int, torch.Tensor]) -> dict[str, tuple[float, ...]
 @contextlib.contextmanager
 def _folded(model: Any, heads: Mapping[int, Sequence[int]], alpha: float) -> Iterator[None]:
     """Chosen heads folded into the output projections while the context lasts."""
-    weights = [module.o_proj.weight for module in attention_modules(model)]
+    modules: list[Any] = attention_modules(model)
+    weights = [module.o_proj.weight for module in modules]
     before = [weight.detach().clone() for weight in weights]
     fold_static(model, heads, alpha)
     try:

@@ -87,7 +87,7 @@ def draw_heads(calibration: Calibration, out: Path) -> None:
     title = f"{calibration.model}: mean {kind} of {calibration.validation} pictures"
     axes.set_title(title, fontsize=10, loc="left", color=INK)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     write_png(figure, out)
 
 

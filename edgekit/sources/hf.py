@@ -124,8 +124,9 @@ def open_directory(
     else:
         stored = text = TextStore(stored)
         config, config_notes = parse_config(text_config(foreign), _generation(directory))
-        attention = "bidirectional" if vision.family in BIDIRECTIONAL else "causal"
-        config = replace(config, tied_head=text.tied, image_attention=attention)
+        config = replace(config, tied_head=text.tied)
+        if vision.family in BIDIRECTIONAL:
+            config = replace(config, image_attention="bidirectional")
     check_weights(config, stored)
     if config.family in OFFSET_NORMS:
         stored = OffsetNorms(stored)

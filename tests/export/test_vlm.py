@@ -90,7 +90,8 @@ def test_conversion_is_exact(
         assert max(result.max_abs, result.pictures.max_abs, result.pictures.features) <= MAX_ABS
     facts = read_manifest(out).vision
     assert facts is not None
-    assert (facts.image_token_id, facts.image_token) == (IMAGE, "<image>")
+    assert facts.image_token_id == IMAGE
+    assert (facts.placeholder == facts.image_token) == (family != "gemma3")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -164,7 +165,10 @@ def test_blocks_of_a_prompt_change_nothing(made: Callable[..., Made]) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
 def test_saved_state_goes_on(made: Callable[..., Made], family: str, tmp_path: Path) -> None:
     model = load(made(family, spin=None)[1], engine="onnx")
-    (ids,), seen = model._prompts([f"ab <image> {PROMPTS[0]}"], [[picture(9, 80, 40)]])
+    facts = model.manifest.vision
+    assert facts is not None
+    text = f"ab {facts.placeholder} {PROMPTS[0]}"
+    (ids,), seen = model._prompts([text], [[picture(9, 80, 40)]])
     assert seen is not None
     session = model.session()
     session.append(ids, pictures=model.look(seen))
@@ -176,7 +180,8 @@ def test_saved_state_goes_on(made: Callable[..., Made], family: str, tmp_path: P
 def test_turns_with_pictures(made: Callable[..., Made]) -> None:
     """A second picture after text goes on where the first turn ended."""
     model = load(made("qwen2-vl", spin=None)[1], engine="openvino")
-    texts, pictures = ["ab <image>", "ef <image>"], [[picture(1, 60, 30)], [picture(2, 30, 60)]]
+    mark = "<|image_pad|>"
+    texts, pictures = [f"ab {mark}", f"ef {mark}"], [[picture(1, 60, 30)], [picture(2, 30, 60)]]
     (whole,), both = model._prompts(["".join(texts)], [[*pictures[0], *pictures[1]]])
     assert both is not None
     expected = model.session().append(whole, pictures=model.look(both))

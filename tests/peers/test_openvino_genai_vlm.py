@@ -19,11 +19,15 @@ OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 NEW_TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=["plain", "spin"])
+@pytest.fixture(
+    scope="module",
+    params=["llava-gqa", "llava-gqa spin", "qwen2-vl", "qwen2-vl spin", "qwen2.5-vl", "gemma3"],
+)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
-    write_tiny_vlm(folder / "source", "llava-gqa")
-    spin = SpinConfig(suppress=1, alpha=0.0) if request.param == "spin" else None
+    family, _, spun = request.param.partition(" ")
+    write_tiny_vlm(folder / "source", family)
+    spin = SpinConfig(suppress=1, alpha=0.0) if spun else None
     convert(
         folder / "source",
         folder / "bundle",
