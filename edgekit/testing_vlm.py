@@ -36,6 +36,7 @@ MARKERS = (
     "<global-img>",
 )
 QWEN_MARKERS = ("<|image_pad|>", *MARKERS[1:3])
+GEMMA_MARKERS = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
@@ -194,9 +195,10 @@ def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
     """
     vlm = tiny_vlm(family, seed=seed)
     vlm.model.save_pretrained(directory)
-    markers, mark, settings = MARKERS, MARKERS[0], PROCESSOR
+    markers: tuple[str, ...] = MARKERS
+    mark, settings = MARKERS[0], PROCESSOR
     if family == "gemma3":
-        mark, settings = MARKERS[1], SQUARE
+        markers, mark, settings = GEMMA_MARKERS, GEMMA_MARKERS[1], SQUARE
     if family.startswith("qwen"):
         markers, settings = QWEN_MARKERS, PATCHER
         mark = "{1}{0}{2}".format(*QWEN_MARKERS)

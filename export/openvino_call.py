@@ -16,7 +16,7 @@ from edgekit.export.openvino_lawcat import Chunking, chunk_count
 from edgekit.export.openvino_spin import HeadGate
 from edgekit.export.openvino_values import at, ints, parameter, scalar, sliced, squeezed
 from edgekit.export.openvino_window import Bands
-from edgekit.export.states import EMBEDDINGS, IMAGE_MASK, POSITIONS, input_names
+from edgekit.export.states import EMBEDDINGS, POSITIONS, input_names
 from edgekit.models.config import DecoderConfig, RopeConfig
 from edgekit.models.rope import frequency_axes, inverse_frequencies
 
@@ -136,7 +136,7 @@ class Call:
     def _image(self) -> Handle:
         """1 on image tokens, else 0, fp32 `[B, T]`."""
         if not self._config.image_flag:
-            return self._recent(self.inputs[IMAGE_MASK].output(0))
+            return self._recent(self.inputs[self._config.image_input].output(0))
         flag = sliced(self.inputs[EMBEDDINGS].output(0), ints([self._config.hidden_size]), None, 2)
         return op.convert(op.greater(op.squeeze(flag, ints([2])), scalar(0.5)), "f32").output(0)
 

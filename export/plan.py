@@ -98,11 +98,14 @@ class Plan:
     def config_for(self, engine: str) -> DecoderConfig:
         """The decoder as one engine's graph has it.
 
-        OpenVINO GenAI has no input for where pictures lie, so there the embeddings say it.
+        OpenVINO GenAI says where pictures lie to Gemma3 alone, as `token_type_ids`; to others the
+        embeddings have to say it.
         """
-        embeds = self.config.reads == "embeddings" and self.config.reads_images
-        flagged = embeds and engine == "openvino"
-        return replace(self.config, image_flag=flagged)
+        if engine != "openvino" or self.config.reads == "tokens":
+            return self.config
+        if self.config.image_attention == "bidirectional":
+            return replace(self.config, image_input="token_type_ids")
+        return replace(self.config, image_flag=self.config.reads_images)
 
     def progress_steps(self, verify: bool) -> list[str]:
         """What the progress bar counts."""

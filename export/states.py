@@ -36,7 +36,7 @@ def input_names(config: DecoderConfig) -> tuple[str, ...]:
     first = EMBEDDINGS if config.reads == "embeddings" else "input_ids"
     masked = config.reads_images and not config.image_flag
     positions = config.needs_positions
-    return (first, "attention_mask", *(IMAGE_MASK,) * masked, *(POSITIONS,) * positions)
+    return (first, "attention_mask", *(config.image_input,) * masked, *(POSITIONS,) * positions)
 
 
 def _growing(config: DecoderConfig, layer: int) -> list[StateRecord]:

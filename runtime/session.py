@@ -26,6 +26,7 @@ from edgekit.runtime.state import (
 
 __all__ = ["Session"]
 
+IMAGE_INPUTS = ("spin_image_mask", "token_type_ids")  # a graph has one of them, or none
 MASK_COLUMNS = 256  # first capacity of the mask's buffer
 
 
@@ -167,7 +168,7 @@ class Session:
     def _blocks(self, contents: Mapping[str, Array]) -> Iterator[slice]:
         """Columns of each engine call; no picture is cut, since its tokens may see each other."""
         length, start = next(iter(contents.values())).shape[1], 0
-        image = contents.get("spin_image_mask", np.zeros((1, length), np.int64))
+        image = contents.get(IMAGE_INPUTS[0], np.zeros((1, length), np.int64))
         inside = (image[:, :-1] & image[:, 1:]).max(
             axis=0, initial=0
         )  # between a column and the next
@@ -194,7 +195,8 @@ class Session:
                     "image tokens; allowed: as many"
                 )
             rows[places] = pictures.features
-        return {"inputs_embeds": rows, "spin_image_mask": places.astype(np.int64)}
+        image = places.astype(np.int64)
+        return {"inputs_embeds": rows, **dict.fromkeys(IMAGE_INPUTS, image)}
 
     def _positions(
         self, tokens: Integers, valid: Integers, pictures: Pictures | None

@@ -139,6 +139,7 @@ class DecoderConfig:
             call: text must lie between two images, and no image may be cut across calls.
         image_flag: where images lie is read from one more channel of the embeddings, which is 1
             there, and not from an input of its own: for runtimes that know no such input.
+        image_input: the OpenVINO graph's name of that input, for runtimes that know another one.
         spin: heads turned down by how far they look at the image; None, also where one is given
             that changes nothing: all count alike.
     """
@@ -175,6 +176,7 @@ class DecoderConfig:
     reads: Literal["tokens", "embeddings"] = "tokens"
     image_attention: Literal["causal", "bidirectional"] = "causal"
     image_flag: bool = False
+    image_input: Literal["spin_image_mask", "token_type_ids"] = "spin_image_mask"
     spin: SpinConfig | None = None
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@ Example:
     python -m edgekit.eval.glyphs -o glyphs --seeds 0,1,2
 
 For each seed it writes `seed-N/model`, a LLaVA that transformers opens and `edgekit convert` reads,
-and `seed-N/results.json`; then `table.md`. What is there already is not made again.
+or with `--mixer lawcat` the tensors of one with edgekit's own decoder, and `seed-N/results.json`;
+then `table.md`. What is there already is not made again.
 """
 
 import argparse
@@ -14,21 +15,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import LlavaForConditionalGeneration
+from typing import Any, get_args
 
 from edgekit.command import Told, guarded, module_parser, numbers
 from edgekit.config import dump
 from edgekit.errors import UsageError
 from edgekit.eval.glyphs.experiment import measured
-from edgekit.eval.glyphs.model import Model, Training, new_model, train
+from edgekit.eval.glyphs.model import Mixer, Model, Training, load_model, new_model, train
 from edgekit.markdown import markdown_table
 
 __all__ = ["main"]
 
 HEADERS = ("method", "settings", "C_S", "C_I", "recall", "F1", "objects")
-SMOKE = Training(text_steps=20, picture_steps=40)
+SMOKE = Training(text_steps=20, picture_steps=40, batch=16)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,20 +51,21 @@ def _made(args: argparse.Namespace) -> str:
         seed: _results(args.output / f"seed-{seed}", replace(training, seed=seed), args, told)
         for seed in args.seeds
     }
-    table = _table(results)
+    table = _table(results, args.mixer)
     (args.output / "table.md").write_text(table, encoding="utf-8")
     return table
 
 
 def _results(folder: Path, training: Training, args: argparse.Namespace, told: Told) -> Any:
     """The figures of one seed, made or read."""
-    file, settings = folder / "results.json", {**dump(training), "scenes": args.scenes}
+    file = folder / "results.json"
+    settings = {"mixer": args.mixer, **dump(training), "scenes": args.scenes}
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["settings"] != settings:
             raise UsageError(f"{file} is of other settings; give another folder")
         return found["methods"]
-    model = _model(folder / "model", training, told)
+    model = _model(folder / "model", training, args.mixer, told)
     methods = measured(model, seed=training.seed, scenes=args.scenes, progress=told)
     text = json.dumps({"settings": settings, "methods": methods}, indent=1) + "\n"
     unfinished = file.with_suffix(".part")
@@ -74,24 +74,23 @@ def _results(folder: Path, training: Training, args: argparse.Namespace, told: T
     return methods
 
 
-def _model(folder: Path, training: Training, told: Told) -> Model:
+def _model(folder: Path, training: Training, mixer: Mixer, told: Told) -> Model:
     if not folder.is_dir():
-        model = new_model(training.seed)
+        model = new_model(training.seed, mixer)
         train(model, training, told)
         unfinished = folder.with_name("model.part")
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
         unfinished.rename(folder)
-    found: Model = LlavaForConditionalGeneration.from_pretrained(folder)
-    return found.eval()
+    return load_model(folder, mixer)
 
 
-def _table(results: dict[int, Any]) -> str:
+def _table(results: dict[int, Any], mixer: Mixer) -> str:
     """All methods over all seeds, means and each seed's figures."""
     names = next(iter(results.values()))
     rows = [_row(name, [methods[name] for methods in results.values()]) for name in names]
-    seeds = ", ".join(map(str, results))
-    return f"Glyph world, seeds {seeds}: mean (each seed)\n\n{markdown_table(rows, HEADERS)}\n"
+    title = f"Glyph world, {mixer}, seeds {', '.join(map(str, results))}: mean (each seed)"
+    return f"{title}\n\n{markdown_table(rows, HEADERS)}\n"
 
 
 def _row(name: str, found: list[Any]) -> list[str]:
@@ -116,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = module_parser("edgekit.eval.glyphs", __doc__)
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="DIR")
+    add("--mixer", choices=get_args(Mixer), default="softmax", help="of the decoder's layers")
     add("--seeds", type=numbers, default=(0, 1, 2), metavar="N,N")
     add("--scenes", type=int, default=250, metavar="N", help="to choose on, and to measure on")
     add("--smoke", action="store_true", help="60 steps: whether it runs, not what it finds")

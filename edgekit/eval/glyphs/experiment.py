@@ -12,12 +12,12 @@ import torch
 from edgekit.config import dump
 from edgekit.eval.chair import Chair, chair
 from edgekit.eval.glyphs import world
+from edgekit.eval.glyphs.lawcat import LawcatModel
 from edgekit.eval.glyphs.methods import (
-    NEW_TOKENS,
     Control,
     Method,
     contrasted_captions,
-    inputs,
+    plain_captions,
     said,
     spun_captions,
 )
@@ -83,10 +83,10 @@ def measured(model: Model, *, seed: int, scenes: int, progress: Progress) -> dic
     """
     validation, test = Scenes.of(VALIDATION, scenes), Scenes.of(TEST, scenes)
     plain = validation.score(spun_captions(model, validation.pixels, Method()))
-    mass, logit = (
-        chosen_settings(model, validation, plain, s, progress) for s in ("mass", "logit")
-    )
-    methods = {"baseline": Method(), "mass": Method(spin=mass), "logit": Method(spin=logit)}
+    scores = ("mass",) if isinstance(model, LawcatModel) else ("mass", "logit")
+    spins = {s: chosen_settings(model, validation, plain, s, progress) for s in scores}
+    mass = spins["mass"]
+    methods = {"baseline": Method(), **{s: Method(spin=spin) for s, spin in spins.items()}}
     methods |= {c: Method(spin=mass, control=c, seed=seed) for c in CONTROLS}
     results = {}
     for number, (name, method) in enumerate(methods.items()):
@@ -103,11 +103,30 @@ def measured(model: Model, *, seed: int, scenes: int, progress: Progress) -> dic
 
 def _static(model: Model, spin: SpinConfig, validation: Scenes, test: Scenes) -> dict[str, Any]:
     """The heads with the lowest mean score, turned down for every token."""
-    mean = HeadStatistics()
-    watching = replace(spin, alpha=1.0, image_token_ids=(world.IMAGE,))
-    with apply(model, watching) as handle, handle.observed(mean.observe):
-        model.generate(**inputs(validation.pixels), max_new_tokens=NEW_TOKENS, do_sample=False)
+    mean = _mean_scores(model, replace(spin, alpha=1.0), validation.pixels)
     heads = lowest_heads(mean.scores, spin.suppress or 0)
-    folded = fold_static(copy.deepcopy(model), heads, spin.alpha)
-    figures = test.score(spun_captions(folded, test.pixels, Method()))
+    folded = copy.deepcopy(model)
+    if isinstance(folded, LawcatModel):
+        folded.fold_static(heads, spin.alpha)
+    else:
+        fold_static(folded, heads, spin.alpha)
+    figures = test.score(plain_captions(folded, test.pixels))
     return {"spin": dump(spin), "heads": {str(k): v for k, v in heads.items()}, **dump(figures)}
+
+
+def _mean_scores(model: Model, inert: SpinConfig, pixels: torch.Tensor) -> HeadStatistics:
+    """Of each head while it captions, turned down by nothing."""
+    mean = HeadStatistics()
+    if isinstance(model, LawcatModel):
+
+        def watch(layer: int, scores: torch.Tensor) -> None:
+            last = scores[:, -1:]
+            mean.observe(layer, last, torch.ones(last.shape[:2], dtype=torch.bool))
+
+        with model.turned_down(inert, watcher=watch):
+            plain_captions(model, pixels)
+        return mean
+    spin = replace(inert, image_token_ids=(world.IMAGE,))
+    with apply(model, spin) as handle, handle.observed(mean.observe):
+        plain_captions(model, pixels)
+    return mean

@@ -9,16 +9,17 @@ import torch
 
 from edgekit.eval.chair import Captioned
 from edgekit.eval.glyphs import world
+from edgekit.eval.glyphs.lawcat import LawcatModel, Ranking
 from edgekit.eval.glyphs.model import Model, prompt
 from edgekit.models.spin import SpinConfig
-from edgekit.spin.torch_form import Spin, apply
+from edgekit.spin.torch_form import apply
 
 __all__ = [
     "NEW_TOKENS",
     "Control",
     "Method",
     "contrasted_captions",
-    "inputs",
+    "plain_captions",
     "said",
     "spun_captions",
 ]
@@ -47,8 +48,19 @@ class Method:
 def spun_captions(model: Model, pixels: torch.Tensor, method: Method) -> list[list[int]]:
     """Greedy captions of pictures `[N, 3, SIDE, SIDE]`, as tokens after `BOS WITH`."""
     with _turned_down(model, method):
-        found = model.generate(**inputs(pixels), max_new_tokens=NEW_TOKENS, do_sample=False)
-    return [_until_end(row) for row in found[:, world.PATCHES + 2 :].tolist()]
+        return plain_captions(model, pixels)
+
+
+@torch.no_grad()
+def plain_captions(model: Model, pixels: torch.Tensor) -> list[list[int]]:
+    """The same of a model as it is."""
+    ids = prompt(len(pixels))
+    if isinstance(model, LawcatModel):
+        found = model.continued(ids, pixels, NEW_TOKENS)
+    else:
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        found = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return [_until_end(row) for row in found[:, ids.shape[1] :].tolist()]
 
 
 @torch.no_grad()
@@ -69,15 +81,10 @@ def contrasted_captions(
         )
         floor = plain.amax(dim=-1, keepdim=True) + torch.tensor(PLAUSIBLE).log()
         contrast = (1 + strength) * plain - strength * other
+        contrast[:, world.IMAGE] = -torch.inf  # after its end a caption may go on with anything
         chosen = contrast.masked_fill(plain < floor, -torch.inf).argmax(dim=-1, keepdim=True)
         tokens = torch.cat((tokens, chosen), dim=1)
     return [_until_end(row) for row in tokens[:, world.PATCHES + 2 :].tolist()]
-
-
-def inputs(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model is given to caption pictures `[N, 3, SIDE, SIDE]`."""
-    ids = prompt(len(pixels))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
 def said(tokens: Sequence[int], drawn: Sequence[int]) -> Captioned:
@@ -91,17 +98,23 @@ def _turned_down(model: Model, method: Method) -> Iterator[None]:
     if method.spin is None:
         yield
         return
+    if isinstance(model, LawcatModel):
+        with model.turned_down(method.spin, _ranking(method)):
+            yield
+        return
     with apply(model, replace(method.spin, image_token_ids=(world.IMAGE,))) as spin:
-        _control(spin, method)
+        spin.ranking = _ranking(method)
         yield
 
 
-def _control(spin: Spin, method: Method) -> None:
+def _ranking(method: Method) -> Ranking | None:
+    """What the heads are ranked by, out of their scores; None: the scores themselves."""
     if method.control == "inverted":
-        spin.ranking = torch.neg
+        return lambda scores: 1 - scores
     if method.control == "random":
         random = torch.Generator().manual_seed(method.seed)
-        spin.ranking = lambda scores: torch.rand(scores.shape, generator=random)
+        return lambda scores: torch.rand(scores.shape, generator=random)
+    return None
 
 
 def _until_end(tokens: list[Any]) -> list[int]:

@@ -1,25 +1,30 @@
-"""The model of the glyph world, a small LLaVA, and how it is trained.
+"""The models of the glyph world, a small LLaVA or one with LAWCAT layers, and their training.
 
 First the captions alone teach what usually goes together, then pictures join them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from edgekit.errors import UsageError
 from edgekit.eval.glyphs import world
+from edgekit.eval.glyphs.lawcat import LawcatModel
 
-__all__ = ["Model", "Training", "new_model", "prompt", "train"]
+__all__ = ["Mixer", "Model", "Training", "load_model", "new_model", "prompt", "train"]
 
-Model = Any  # LlavaForConditionalGeneration, whose types refuse what it takes
+Mixer = Literal["softmax", "lawcat"]
+Model = Any  # LlavaForConditionalGeneration, whose types refuse what it takes, or LawcatModel
 Progress = Callable[[str, int, int], None]
 IGNORE = -100
+WIDTH, HEADS = 64, 8
 PEAK, FLOOR, WARMUP, CLIP = 2e-3, 0.02, 50, 1.0
 
 
@@ -52,22 +57,46 @@ class Training:
             raise UsageError(f"batch {self.batch} given; allowed: 1 or more")
 
 
-def new_model(seed: int) -> Model:
-    """An untrained model: one vision block, three decoder layers of 64 channels and 8 heads."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
+def new_model(seed: int, mixer: Mixer = "softmax") -> Model:
+    """An untrained model: one vision block, three decoder layers of 64 channels and 8 heads.
+
+    Args:
+        seed: of the weights.
+        mixer: of the decoder's layers; `softmax` is a LLaVA of transformers, `lawcat` has its eyes
+            and edgekit's own decoder.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        llava = LlavaForConditionalGeneration(_config())
+        _initialise(llava)
+        return llava if mixer == "softmax" else LawcatModel(llava)
+
+
+def load_model(folder: Path, mixer: Mixer) -> Model:
+    """A trained model, as its `save_pretrained` left it."""
+    if mixer == "softmax":
+        llava: Model = LlavaForConditionalGeneration.from_pretrained(folder)
+        return llava.eval()
+    return new_model(0, mixer).restored(folder)
+
+
+def _config() -> LlavaConfig:
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS}
     vision = {
         **sizes,
-        "model_type": "clip_vision_model",
+        "model_type": "siglip_vision_model",  # no class token, and no norm that makes noise loud
+        "intermediate_size": 192,
         "num_hidden_layers": 1,
         "image_size": world.SIDE,
         "patch_size": world.CELL,
-        "projection_dim": 64,
+        "vision_use_head": False,
     }
     text = {
         **sizes,
         "model_type": "llama",
+        "intermediate_size": 128,
         "num_hidden_layers": 3,
-        "num_key_value_heads": 8,
+        "num_key_value_heads": HEADS,
         "vocab_size": world.VOCABULARY,
         "max_position_embeddings": 128,
         "bos_token_id": world.BOS,
@@ -79,12 +108,20 @@ def new_model(seed: int) -> Model:
         "text_config": text,
         "image_token_index": world.IMAGE,
         "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
         "pad_token_id": world.EOS,
+        "tie_word_embeddings": False,
     }
-    config = LlavaConfig(**values)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(config)
+    return LlavaConfig(**values)
+
+
+def _initialise(llava: Model) -> None:
+    """PyTorch's own scales: with transformers' 0.02, which is for wide layers, it learns slowly."""
+    for module in llava.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            module.reset_parameters()
+    positions = llava.model.vision_tower.vision_model.embeddings.position_embedding
+    nn.init.normal_(positions.weight, std=0.02)
 
 
 def prompt(count: int) -> torch.Tensor:
