@@ -1,7 +1,7 @@
 """What a distillation works on: teacher, student, rows, and the fingerprint of them all."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,12 +216,17 @@ def _identity(files: Sequence[DataFile]) -> dict[str, Any]:
 def _earlier(
     init: str | Path, source: Source, mixers: tuple[str, ...], plan: recipe.Recipe
 ) -> Student:
-    """The student to start from, if it fits."""
+    """The student to start from, if it fits.
+
+    `gate_divisor` may differ: no tensor depends on it, and a larger one makes every head remember
+    longer by that factor, so that a student learns to look further back than its rows are long.
+    """
     student = read_student(init)
     manifest = student.manifest
     if manifest.base["sha256"] != source.identity["sha256"]:
         raise UsageError(f"init {init}: made from {manifest.base['name']}, not {source.name}")
-    options = (manifest.mixers, manifest.lawcat, manifest.lolcats or plan.lolcats)
+    lawcat = replace(manifest.lawcat, gate_divisor=plan.lawcat.gate_divisor)
+    options = (manifest.mixers, lawcat, manifest.lolcats or plan.lolcats)
     if options != (mixers, plan.lawcat, plan.lolcats):
         raise UsageError(f"init {init}: its mixers or their options differ from the recipe's")
     return student

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,23 @@ def test_begins_from_an_earlier_student(
     curve = read_metrics(report.out)
     assert [(r["stage"], r["step"]) for r in curve[4:]] == [(2, i) for i in range(8)]
     assert curve[-1]["tokens"] == 1024
+
+
+def test_gates_of_an_earlier_student_may_become_slower(
+    whole: DistillReport, teacher_directory: Path, text: Path, smoke: Smoke, tmp_path: Path
+) -> None:
+    plan = smoke(
+        transfer__tokens=0, tuning__lr=0.0, tuning__mixer_lr=0.0, lawcat__gate_divisor=32.0
+    )
+    out = tmp_path / "s"
+    distill(teacher_directory, out, plan, data=[text], init=whole.out, settings=SETTINGS)
+    before, after = read_student(whole.out), read_student(out)
+    assert before.manifest.lawcat.gate_divisor == 16
+    assert after.manifest.lawcat == replace(before.manifest.lawcat, gate_divisor=32.0)
+    gates = [name for name in before.tensors if "gate" in name]
+    assert gates
+    for name in gates:
+        assert torch.equal(before.tensors.tensor(name), after.tensors.tensor(name))
 
 
 def test_refuses_an_earlier_student_that_does_not_fit(
