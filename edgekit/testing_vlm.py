@@ -10,19 +10,21 @@ Example:
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgekit.errors import UsageError
-from edgekit.models.config import DecoderConfig, RopeConfig
+from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import with_fresh_mixers
 from edgekit.models.weights import MemoryStore, WeightStore
+from edgekit.sources.hf_config import parse_config
+from edgekit.sources.vlm import TextStore, text_config
 from edgekit.testing import write_tiny_tokenizer
 
-__all__ = ["TINY_VLMS", "TinyVlm", "qwen_language", "tiny_vlm", "write_tiny_vlm"]
+__all__ = ["TINY_VLMS", "TinyVlm", "language_of", "tiny_vlm", "write_tiny_vlm"]
 
 IMAGE, VOCABULARY, SIDE, PATCH = 300, 320, 32, 8  # token id; tokens; pixels
 PAD, BOS, EOS, VISION_START, VISION_END = 0, 1, 2, 301, 302
@@ -210,37 +212,17 @@ def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
     return vlm
 
 
-def qwen_language(vlm: TinyVlm, mixers: tuple[str, ...] = ()) -> tuple[DecoderConfig, WeightStore]:
-    """The language model of a Qwen2-VL or Qwen2.5-VL as a decoder of ours, under its names.
+def language_of(vlm: TinyVlm, mixers: tuple[str, ...] = ()) -> tuple[DecoderConfig, WeightStore]:
+    """The text model of a vision-language model as a decoder of ours.
 
     Args:
-        vlm: of either family.
+        vlm: of any family but Gemma3, whose norms are stored in a way of their own.
         mixers: of its layers; those that are no softmax have fresh values. None given: softmax.
     """
-    text = vlm.model.config.text_config
-    config = DecoderConfig(
-        family="qwen2",
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=text.hidden_size // text.num_attention_heads,
-        context_length=text.max_position_embeddings,
-        rms_norm_eps=text.rms_norm_eps,
-        rope=RopeConfig(
-            theta=text.rope_parameters["rope_theta"],
-            mrope_section=tuple(text.rope_parameters["mrope_section"]),
-        ),
-        qkv_bias=True,
-        tied_head=False,
-        mixers=mixers,
-    )
-    trunk = vlm.model.model.language_model.state_dict()
-    tensors = {f"model.{name}": tensor for name, tensor in trunk.items()}
-    tensors["lm_head.weight"] = vlm.model.lm_head.weight.detach()
-    return config, with_fresh_mixers(config, MemoryStore(tensors))
+    store = TextStore(MemoryStore(vlm.model.state_dict()))
+    config, _ = parse_config(text_config(vlm.model.config.to_dict()), {})
+    config = replace(config, tied_head=store.tied, mixers=mixers or config.mixers)
+    return config, with_fresh_mixers(config, store)
 
 
 Parts = tuple[str, Any, int, Callable[[int], dict[str, torch.Tensor]]]

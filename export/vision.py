@@ -15,6 +15,7 @@ from torch import nn
 
 from edgekit.errors import UnsupportedError
 from edgekit.runtime.vision import Seen
+from edgekit.sources.quiet import quiet_transformers
 
 __all__ = ["FAMILIES", "VisionSide", "vision_to_onnx", "vision_to_openvino"]
 
@@ -75,7 +76,7 @@ def vision_to_openvino(side: VisionSide) -> ov.Model:
 
     Its input is `pixel_values [N, 3, H, W]`, its output `last_hidden_state [N, tokens, D]`.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")  # tracing fixes sizes that are fixed anyway
         model = ov.convert_model(side.eval(), example_input=side.example)
     model.inputs[0].get_tensor().set_names({PIXELS})
@@ -86,7 +87,7 @@ def vision_to_openvino(side: VisionSide) -> ov.Model:
 
 def vision_to_onnx(side: VisionSide, file: Path) -> None:
     """The same as an ONNX file."""
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             side.eval(),

@@ -32,6 +32,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.export.vision import FEATURES, ONNX_OPSET, PIXELS
 from edgekit.runtime.images_qwen import PatchGrid
 from edgekit.runtime.vision import Seen
+from edgekit.sources.quiet import quiet_transformers
 
 __all__ = ["EMBEDDER", "FAMILIES", "MERGER", "PatchSide", "patches_to_onnx", "patches_to_openvino"]
 
@@ -198,7 +199,7 @@ def patches_to_openvino(side: PatchSide) -> dict[str, ov.Model]:
 
 def _traced(module: nn.Module, examples: dict[str, torch.Tensor]) -> ov.Model:
     """The module as a model for any number of patches."""
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")  # tracing fixes widths, which are fixed anyway
         model = ov.convert_model(module, example_input=tuple(examples.values()))
     for port, (name, example) in zip(model.inputs, examples.items(), strict=True):
@@ -224,7 +225,7 @@ def patches_to_onnx(side: PatchSide, file: Path) -> None:
     names = (PIXELS, ANGLES, *windows)
     examples = side.eval().examples
     axes = {name: _axes(name) for name in names}
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), quiet_transformers():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             side,

@@ -23,7 +23,7 @@ from edgekit.models.spin import SpinConfig
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 from edgekit.runtime.positions import following_positions, mrope_positions
 from edgekit.runtime.state import state_shape
-from edgekit.testing_vlm import IMAGE, qwen_language, tiny_vlm
+from edgekit.testing_vlm import IMAGE, language_of, tiny_vlm
 
 MAX_ABS = 1e-4
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -130,7 +130,7 @@ def expected(config: DecoderConfig, weights: WeightStore, feeds: list[Feed]) -> 
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_prompt_and_decoding(engine: str, layout: str, spin: str) -> None:
-    config, weights = qwen_language(tiny_vlm("qwen2-vl"), LAYOUTS[layout])
+    config, weights = language_of(tiny_vlm("qwen2-vl"), LAYOUTS[layout])
     sharp = {n: 6 * weights.tensor(n) for n in weights if n.endswith("q_proj.weight")}
     weights = OverlayStore(MemoryStore(sharp), weights)
     config = replace(config, reads="embeddings", spin=SPINS[spin])
@@ -148,7 +148,7 @@ def test_prompt_and_decoding(engine: str, layout: str, spin: str) -> None:
 
 
 def test_layers_without_rotation_have_no_such_input() -> None:
-    config, weights = qwen_language(tiny_vlm("qwen2-vl"), ("lawcat", "lawcat"))
+    config, weights = language_of(tiny_vlm("qwen2-vl"), ("lawcat", "lawcat"))
     model = build_openvino(config, weights)
     names = {name for port in model.inputs for name in port.get_names()}
     assert names == {"input_ids", "attention_mask", "beam_idx"}
@@ -156,7 +156,7 @@ def test_layers_without_rotation_have_no_such_input() -> None:
 
 def test_attention_stays_fused_and_tables_are_shared() -> None:
     """Three axes cost one gather and one transpose per call, however many layers there are."""
-    config, weights = qwen_language(tiny_vlm("qwen2-vl"))
+    config, weights = language_of(tiny_vlm("qwen2-vl"))
     three, one = (
         kinds(build_openvino(found, weights)) for found in (config, replace(config, rope=ONE_AXIS))
     )

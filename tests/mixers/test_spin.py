@@ -18,7 +18,7 @@ from edgekit.models.spin import SpinConfig
 from edgekit.spin import apply
 from edgekit.spin.scores import logit_score, visible_keys
 from edgekit.testing import TOLERANCE, assert_close
-from edgekit.testing_vlm import IMAGE, tiny_vlm
+from edgekit.testing_vlm import IMAGE, TinyVlm, language_of, tiny_vlm
 
 BATCH, TIME, WIDTH, HEAD = 2, 30, 48, 32  # fewer tokens than a head is wide
 MIXERS = ("softmax", "lawcat", "lolcats")
@@ -225,7 +225,7 @@ def test_the_decoder_says_what_transformers_says(family: str, queries: str, scor
     with apply(vlm.model, spin):
         expected = vlm.model(**inputs).logits
     hook.remove()
-    decoder = _text_decoder(vlm.model, spin)
+    decoder = _text_decoder(vlm, spin)
     image, mask = inputs["input_ids"] == IMAGE, inputs["attention_mask"]
     seen = mask.bool()
     whole, _ = decoder(caught["x"], mask=mask, image=image)
@@ -240,26 +240,6 @@ def test_the_decoder_says_what_transformers_says(family: str, queries: str, scor
         assert_close("part", expected[:, start:end][rows], part[rows], ratio=RATIO)
 
 
-def _text_decoder(model: Any, spin: SpinConfig) -> Decoder:
-    text = model.config.text_config
-    decoder = Decoder(
-        DecoderConfig(
-            family="llama",
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            context_length=text.max_position_embeddings,
-            rms_norm_eps=text.rms_norm_eps,
-            tied_head=False,
-            spin=spin,
-        )
-    )
-    tensors = {
-        f"model.{name}": tensor for name, tensor in model.model.language_model.state_dict().items()
-    }
-    decoder.load_state_dict({**tensors, "lm_head.weight": model.lm_head.weight})
-    return decoder.eval()
+def _text_decoder(vlm: TinyVlm, spin: SpinConfig) -> Decoder:
+    config, store = language_of(vlm)
+    return Decoder.from_store(replace(config, spin=spin), store)

@@ -14,7 +14,7 @@ from edgekit.errors import UsageError
 from edgekit.models.config import RopeConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.rope import apply_rope, rope_tables
-from edgekit.testing_vlm import TinyVlm, qwen_language, tiny_vlm
+from edgekit.testing_vlm import TinyVlm, language_of, tiny_vlm
 
 MAX_ABS = 1e-5
 PROMPT, FOLLOWING = ([5, 6, 7], None, [8, 9, 10, 11], None, [12]), [13, 14, 15]
@@ -53,7 +53,7 @@ def expected(vlm: TinyVlm, call: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_tables_are_those_of_transformers(vlm: TinyVlm) -> None:
     text = vlm.model.config.text_config
-    rope = qwen_language(vlm)[0].rope
+    rope = language_of(vlm)[0].rope
     assert rope.mrope_section == (2, 3, 3)
     q, k = torch.randn(2, 2, 5, 4, 16)
     positions = torch.randint(0, 200, (3, 2, 5))
@@ -65,7 +65,7 @@ def test_tables_are_those_of_transformers(vlm: TinyVlm) -> None:
 
 
 def test_a_prompt_in_one_call(vlm: TinyVlm, call: dict[str, torch.Tensor]) -> None:
-    decoder = Decoder.from_store(*qwen_language(vlm))
+    decoder = Decoder.from_store(*language_of(vlm))
     tokens = call["mask"].bool()
     given: dict[str, Any] = {"mask": call["mask"], "positions": call["positions"]}
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def test_a_prompt_in_one_call(vlm: TinyVlm, call: dict[str, torch.Tensor]) -> No
 
 
 def test_token_by_token(vlm: TinyVlm, call: dict[str, torch.Tensor]) -> None:
-    decoder, state = Decoder.from_store(*qwen_language(vlm)), None
+    decoder, state = Decoder.from_store(*language_of(vlm)), None
     time, end = call["x"].shape[1], 0
     reference = expected(vlm, call)
     for size in (time - len(FOLLOWING), *(1,) * len(FOLLOWING)):
@@ -94,7 +94,7 @@ def test_token_by_token(vlm: TinyVlm, call: dict[str, torch.Tensor]) -> None:
 
 
 def test_text_needs_no_positions(vlm: TinyVlm) -> None:
-    decoder = Decoder.from_store(*qwen_language(vlm))
+    decoder = Decoder.from_store(*language_of(vlm))
     ids = torch.randint(3, 290, (2, 9))
     with torch.no_grad():
         theirs = vlm.model(input_ids=ids).logits
@@ -107,7 +107,7 @@ def test_text_needs_no_positions(vlm: TinyVlm) -> None:
 
 
 def test_layers_without_rotation_read_no_positions(vlm: TinyVlm) -> None:
-    decoder = Decoder.from_store(*qwen_language(vlm, ("lawcat", "lawcat")))
+    decoder = Decoder.from_store(*language_of(vlm, ("lawcat", "lawcat")))
     ids = torch.randint(3, 290, (2, 9))
     with torch.inference_mode():
         counted, _ = decoder(ids)
@@ -116,7 +116,7 @@ def test_layers_without_rotation_read_no_positions(vlm: TinyVlm) -> None:
 
 
 def test_what_is_refused(vlm: TinyVlm) -> None:
-    config, store = qwen_language(vlm)
+    config, store = language_of(vlm)
     with pytest.raises(UsageError, match=r"mrope_section \(2, 3, 4\) given; allowed: sizes of 8"):
         replace(config, rope=replace(config.rope, mrope_section=(2, 3, 4)))
     plain = Decoder.from_store(replace(config, rope=RopeConfig()), store)
