@@ -18,7 +18,6 @@ from edgekit.bundle import (
     ModelFacts,
     VisionFacts,
     describe_files,
-    staged,
     write_manifest,
 )
 from edgekit.config import dump
@@ -32,6 +31,7 @@ from edgekit.models.spin import SpinConfig
 from edgekit.sources import open_source
 from edgekit.sources.adapted import LiNeS
 from edgekit.sources.adapters import AdapterChoice, parse_choice
+from edgekit.staging import staged
 from edgekit.targets.schema import ENGINES
 
 if TYPE_CHECKING:

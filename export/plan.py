@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import targets
-from edgekit.bundle import MARKERS
 from edgekit.config import dump
 from edgekit.errors import EngineError, UsageError
 from edgekit.export.side_paths import (
@@ -27,6 +26,7 @@ from edgekit.sources.adapted import AdaptedStore, LiNeS, adapted
 from edgekit.sources.adapters import Adapter, AdapterChoice
 from edgekit.sources.base import sha256_of
 from edgekit.sources.student import Student, apply_student, read_student
+from edgekit.staging import MARKERS
 from edgekit.targets.schema import ENGINES, WEIGHTS
 
 __all__ = ["Plan", "check_choices", "make_plan"]

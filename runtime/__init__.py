@@ -15,7 +15,8 @@ Example (SmolLM2-135M-Instruct, all softmax, int4; with LAWCAT the state's bytes
 
 from edgekit.runtime.adapters import AdapterInfo
 from edgekit.runtime.generation import GenerationStats
-from edgekit.runtime.model import Model, load
+from edgekit.runtime.loading import load
+from edgekit.runtime.model import Model
 from edgekit.runtime.sampling import GenerationOptions
 from edgekit.runtime.session import Session
 from edgekit.runtime.state import Snapshot

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from edgekit import bundle
-from edgekit.bundle import MANIFEST, staged
+from edgekit import staging
+from edgekit.bundle import MANIFEST
 from edgekit.errors import BundleError
+from edgekit.staging import staged
 
 Step = Callable[[Path], object]
 
@@ -173,14 +174,14 @@ def test_below_a_file_nothing_can_be_written(out: Path, below: str) -> None:
 @pytest.mark.parametrize("name", ["out", "out[1]", "a*b?", "with space", "-o", "ünïcode"])
 def test_leftovers_are_found_whatever_the_name(out: Path, name: str) -> None:
     out = out.with_name(name)
-    stale = out.parent / f".{name}.x1y2{bundle.PARTIAL}"
+    stale = out.parent / f".{name}.x1y2{staging.PARTIAL}"
     fill(stale)
     made(out)
     assert siblings(out) == [name]
 
 
 def test_only_our_leftovers_are_removed(out: Path) -> None:
-    mine = [".out.partial", ".out.old", ".out.bak", f".other.x1y2{bundle.PARTIAL}"]
+    mine = [".out.partial", ".out.old", ".out.bak", f".other.x1y2{staging.PARTIAL}"]
     for name in mine:
         directory_of_mine(out.parent / name)
     made(out)
@@ -202,8 +203,8 @@ def test_a_run_that_still_writes_is_left_alone(out: Path) -> None:
 
 def test_killed_between_the_two_renames(out: Path) -> None:
     """The old bundle stands aside, the new one is not there yet: the old one comes back."""
-    fill(bundle._aside(out), "old")
-    fill(out.parent / f".out.x1y2{bundle.PARTIAL}", "new")
+    fill(staging._aside(out), "old")
+    fill(out.parent / f".out.x1y2{staging.PARTIAL}", "new")
     with pytest.raises(BundleError, match="exists already"), staged(out):
         pytest.fail("entered")
     assert (out / "part" / "extra.bin").read_text() == "old"
@@ -211,7 +212,7 @@ def test_killed_between_the_two_renames(out: Path) -> None:
 
 
 def test_killed_after_the_second_rename(out: Path) -> None:
-    fill(bundle._aside(out), "old")
+    fill(staging._aside(out), "old")
     made(out.parent / "elsewhere", "new").rename(out)
     made(out, "newer", force=True)
     assert (out / "part" / "extra.bin").read_text() == "newer"
@@ -221,7 +222,7 @@ def test_killed_after_the_second_rename(out: Path) -> None:
 def test_a_swap_that_fails_puts_the_old_bundle_back(out: Path) -> None:
     made(out, "old")
     with pytest.raises(FileNotFoundError):
-        bundle._swap(out.parent / "gone", out)
+        staging._swap(out.parent / "gone", out)
     assert (out / "part" / "extra.bin").read_text() == "old"
     assert siblings(out) == ["out"]
 

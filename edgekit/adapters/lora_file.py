@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit.bundle import staged
 from edgekit.runtime.adapter_file import CONFIG, PREFIX, TENSORS
 from edgekit.runtime.engine import Floats
 from edgekit.runtime.lowrank import Pair, balanced
+from edgekit.staging import staged
 
 __all__ = ["LoraDtype", "write_lora"]
 

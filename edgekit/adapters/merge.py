@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
-from edgekit.bundle import staged
 from edgekit.errors import AdapterError, UsageError
 from edgekit.models.config import DecoderConfig
 from edgekit.sources import Source, open_source
 from edgekit.sources.adapted import AdaptedStore, LiNeS, adapted
 from edgekit.sources.adapters import AdapterChoice
+from edgekit.staging import staged
 
 __all__ = ["MergeReport", "MergedModule", "merge_adapters"]
 

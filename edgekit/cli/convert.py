@@ -184,8 +184,15 @@ def _table(report: "ConvertReport") -> str:
         "tokens",
         "rounding",
     )
+    seen = [
+        (engine, f"{v.pictures.features:.2g}", f"{v.pictures.max_abs:.2g}", f"{v.pictures.kl:.2g}")
+        for engine, v in report.verification.items()
+        if v.pictures is not None
+    ]
     parts = [as_table(rows)]
     if left:
         parts.append(as_table(left, ("adapters in", "weights", "kept", "noise", "drowned modules")))
     parts.append(as_table(checks, headers) if checks else "not verified")
+    if seen:
+        parts.append(as_table(seen, ("with a picture", "its embeddings", "max |d|", "KL")))
     return "\n\n".join(parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import bundle
-from edgekit.bundle import Manifest
+from edgekit.bundle import Manifest, VisionFacts
 from edgekit.cli.arguments import add_json
 from edgekit.cli.output import as_json, as_table, size
 
@@ -48,6 +48,10 @@ def _summary(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "family", f"{model.family}, {model.num_layers} layers, vocabulary {model.vocab_size}"
     steps = (step for step in manifest.pipeline if step.get("step") == "student")
     yield from (("student", _student(step)) for step in steps)
+    if manifest.vision is not None:
+        yield "pictures", _pictures(manifest.vision)
+    spins = (step for step in manifest.pipeline if step.get("step") == "spin")
+    yield from (("spin", _spin(step)) for step in spins)
     yield "mixers", _runs(manifest.mixers)
     yield "state", _state(manifest)
     context = model.context_length
@@ -69,6 +73,20 @@ def _student(step: dict[str, Any]) -> str:
     tokens = sum(stage.get("tokens", 0) for stage in step.get("training", ()))
     name, recipe = step.get("name", "?"), step.get("recipe", "?")
     return f"{name}, recipe {recipe}, {tokens / 1e6:.1f} M tokens"
+
+
+def _pictures(facts: VisionFacts) -> str:
+    """`llava, 576 tokens each, for <image>`."""
+    size = "as their size says" if facts.tokens is None else f"{facts.tokens} tokens each"
+    return f"{facts.family}, {size}, for {facts.placeholder}"
+
+
+def _spin(step: dict[str, Any]) -> str:
+    """`2 heads, alpha 0.08, by mass, all layers`."""
+    heads = f"keep {step['keep']}" if step["suppress"] is None else f"{step['suppress']} heads"
+    span = step["layers"]
+    layers = "all layers" if span is None else f"layers {span[0]} to {span[1]}"
+    return f"{heads}, alpha {step['alpha']}, by {step['score']}, {layers}"
 
 
 def _runs(mixers: tuple[str, ...]) -> str:

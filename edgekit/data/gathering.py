@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import staged
 from edgekit.data.archives import Archive, fetch, find
 from edgekit.errors import UsageError
+from edgekit.staging import staged
 
 __all__ = ["archive_arguments", "gathered", "write_sources"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import __version__
-from edgekit.bundle import refuse_existing, staged
 from edgekit.config import dump
 from edgekit.distill import checkpoint, recipe
 from edgekit.distill.assembly import Assembly, Settings
@@ -33,6 +32,7 @@ from edgekit.sources.student import (
     lowrank_pairs,
     write_student,
 )
+from edgekit.staging import refuse_existing, staged
 
 __all__ = ["DistillReport", "Settings", "distill"]
 

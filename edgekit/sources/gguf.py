@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgekit.bundle import remove_abandoned, workspace
 from edgekit.errors import SourceError
 from edgekit.sources.base import Source, sha256_of
 from edgekit.sources.gguf_config import Metadata, foreign_config, generation_config
 from edgekit.sources.gguf_tokenizer import write_tokenizer
 from edgekit.sources.gguf_weights import write_json, write_weights
 from edgekit.sources.hf import open_directory
+from edgekit.staging import remove_abandoned, workspace
 
 __all__ = ["cache_directory", "open_gguf"]
 

@@ -19,7 +19,7 @@ import torch
 
 from edgekit import config, students
 from edgekit.artefacts.lowrank import LowRank
-from edgekit.bundle import MARKERS, FileRecord
+from edgekit.bundle import FileRecord
 from edgekit.errors import SourceError, UsageError
 from edgekit.mixers.base import mixer_type
 from edgekit.models.config import DecoderConfig, LawcatConfig, LolcatsConfig
@@ -29,6 +29,7 @@ from edgekit.sources.builtin import BUILT_IN
 from edgekit.sources.hf import SafetensorsStore
 from edgekit.sources.resolve import open_source
 from edgekit.sources.student_weights import A, B, StudentStore, check_tensors, lowrank
+from edgekit.staging import MARKERS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -147,7 +148,7 @@ def write_student(
     """Write `student.safetensors` and `student.json` into an existing directory.
 
     Args:
-        work: usually what `bundle.staged(out, kind="student")` gives, so that all or nothing stays.
+        work: usually what `staged(out, kind="student")` gives, so that all or nothing stays.
         manifest: `files` in it is replaced.
         tensors: by the names that the module's docstring shows; any float dtype, any device.
         dtype: how they are stored.

@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekit.bundle import staged
 from edgekit.sources import Source
 from edgekit.sources.picture_model import open_picture_model
 from edgekit.sources.quiet import quiet_transformers
 from edgekit.spin.static import fold_static
+from edgekit.staging import staged
 
 __all__ = ["fold_into"]
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from edgekit.bundle import MARKERS
+from edgekit.staging import MARKERS
 
 __all__ = ["student_names", "student_path"]
 

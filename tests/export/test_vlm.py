@@ -266,6 +266,15 @@ def test_command(
     assert "no such file; give a picture" in capfd.readouterr().err
 
 
+def test_command_inspects(made: Callable[..., Made], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(made("llava", spin=SPIN)[1])]) == 0
+    shown = capfd.readouterr().out
+    assert "llava, 16 tokens each, for <image>" in shown
+    assert "1 heads, alpha 0.0, by mass, all layers" in shown
+    assert main(["inspect", str(made("qwen2-vl", spin=None)[1])]) == 0
+    assert "qwen2_vl, as their size says, for <|image_pad|>" in capfd.readouterr().out
+
+
 def test_bad_requests(made: Callable[..., Made], tmp_path: Path, tiny_checkpoint: Any) -> None:
     text_only = tiny_checkpoint("llama")
     with pytest.raises(UsageError, match="which reads no pictures; give a vision-language model"):

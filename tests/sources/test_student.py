@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgekit.bundle import staged
 from edgekit.errors import BundleError, SourceError, UsageError
 from edgekit.models.config import LawcatConfig
 from edgekit.models.decoder import Decoder
@@ -26,6 +25,7 @@ from edgekit.sources.student import (
     read_student,
     write_student,
 )
+from edgekit.staging import staged
 from edgekit.testing import TOLERANCE, assert_close, write_tiny_student
 
 Tiny = Callable[..., Path]

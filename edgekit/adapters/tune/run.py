@@ -29,11 +29,11 @@ from edgekit.adapters.tune.rows import Examples, read_rows
 from edgekit.adapters.tune.search import at_rate, best_of, check_rates, search
 from edgekit.adapters.tune.training import Trained, Training, held_out_loss, train
 from edgekit.allocator import keep_freed_memory
-from edgekit.bundle import refuse_existing, staged
 from edgekit.config import dump
 from edgekit.errors import UnsupportedError, UsageError
 from edgekit.models.precision import Precision, choose_precision
 from edgekit.runtime.text import Tokenizer
+from edgekit.staging import refuse_existing, staged
 
 __all__ = ["Settings", "TuneReport", "tune"]
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-from edgekit.bundle import staged
 from edgekit.config import load
 from edgekit.distill import checkpoint
 from edgekit.distill.burst.pieces import CHECKPOINTS, Result, join, newest
@@ -13,6 +12,7 @@ from edgekit.distill.folder import claimed
 from edgekit.distill.metrics import read_metrics
 from edgekit.distill.plot import draw_losses
 from edgekit.errors import TrainingError
+from edgekit.staging import staged
 
 __all__ = ["collect"]
 

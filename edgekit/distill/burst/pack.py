@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import edgekit
-from edgekit.bundle import refuse_existing
 from edgekit.config import dump
 from edgekit.data.documents import DATASETS, TEXT_ENDINGS, plain_name
 from edgekit.distill.burst.pieces import SOFTWARE, Entry, Plan, cut, newest
@@ -16,6 +15,7 @@ from edgekit.distill.burst.software import HERE, archive
 from edgekit.distill.metrics import FILE
 from edgekit.errors import UsageError
 from edgekit.sources.builtin import BUILT_IN, locate_built_in
+from edgekit.staging import refuse_existing
 
 __all__ = ["BURST", "pack", "write_burst"]
 

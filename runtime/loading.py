@@ -1,0 +1,125 @@
+"""A bundle's directory becomes a model on one engine."""
+
+import importlib
+import importlib.util
+import time
+from pathlib import Path
+from typing import Literal
+
+from edgekit import targets
+from edgekit.bundle import Manifest, check_files, read_manifest
+from edgekit.errors import EngineError, UsageError
+from edgekit.runtime.engine import Engine, EngineSettings
+from edgekit.runtime.images import PROCESSOR
+from edgekit.runtime.model import Model
+from edgekit.runtime.text import Tokenizer
+from edgekit.runtime.vision import Vision, open_eye
+
+__all__ = ["ENGINES", "load"]
+
+# Per engine: the package it needs, our module, and the class in it.
+ENGINES = {
+    "openvino": ("openvino", "edgekit.runtime.ov", "OpenVinoEngine"),
+    "onnx": ("onnxruntime", "edgekit.runtime.ort", "OnnxEngine"),
+}
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def load(
+    path: Path | str,
+    *,
+    engine: str | None = None,
+    device: str | None = None,
+    logits: Literal["last", "all"] = "last",
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    check: bool = True,
+) -> "Model":
+    """Open a bundle on one engine.
+
+    Args:
+        path: the bundle's directory.
+        engine: `openvino` or `onnx`; None: the target's if the bundle has it and it is installed,
+            else the bundle's first that is.
+        device: the engine's device name, such as `CPU` or, with OpenVINO, `GPU`; None: the target's
+            on the target's engine, `CPU` on the other one.
+        logits: `all` makes `Session.append` answer for every position, as perplexity needs.
+        threads: CPU threads; None: the target's setting, or else the engine's choice.
+        cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster.
+        check: compare the sha256 of every file that is used with the manifest.
+
+    Raises:
+        BundleError: if the bundle is missing, damaged, or of another format version.
+        EngineError: if the engine is not installed or not in the bundle, or the device is not here.
+        UsageError: for an argument that is not allowed.
+
+    Example:
+        >>> model = load("smollm2")                                  # doctest: +SKIP
+        >>> model.generate("The capital of France is", max_new_tokens=3)    # doctest: +SKIP
+        ' Paris.'
+    """
+    if logits not in ("last", "all"):
+        raise UsageError(f"logits {logits!r} given; allowed: last, all")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads} given; allowed: 1 or more")
+    started = time.perf_counter()
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    target = targets.load(manifest.target)
+    name = _chosen_engine(manifest, engine, target.engine)
+    if check:
+        wanted = (*manifest.engine_files(name), *TEXT_FILES, PROCESSOR)
+        check_files(directory, manifest, (file for file in wanted if file in manifest.files))
+    # A device name means something to its own engine only.
+    preferred = target.device if name == target.engine else "CPU"
+    settings = EngineSettings(
+        device=preferred if device is None else device,
+        logits=logits,
+        threads=target.threads if threads is None else threads,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        precision=target.inference_precision,
+    )
+    tokenizer = Tokenizer(directory)
+    _, module, kind = ENGINES[name]
+    compiled: Engine = getattr(importlib.import_module(module), kind)(directory, manifest, settings)
+    facts = manifest.vision
+    vision = None
+    if facts is not None:
+        vision = Vision(open_eye(directory, facts), facts, compiled.look)
+    return Model(
+        manifest,
+        name,
+        compiled,
+        settings,
+        tokenizer=tokenizer,
+        vision=vision,
+        block=target.prefill_block[name],
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def _chosen_engine(manifest: Manifest, engine: str | None, preferred: str) -> str:
+    if engine is not None:
+        if engine not in ENGINES:
+            raise UsageError(f"engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
+        if engine not in manifest.engines:
+            raise EngineError(
+                f"engine {engine!r} given; this bundle was made for {', '.join(manifest.engines)}: "
+                f"convert again with --format {engine}"
+            )
+        if not _installed(engine):
+            raise EngineError(f"{ENGINES[engine][0]} is not installed; {_advice(engine)}")
+        return engine
+    found = [name for name in manifest.engines if name in ENGINES and _installed(name)]
+    if not found:
+        wanted = " or ".join(ENGINES[name][0] for name in manifest.engines if name in ENGINES)
+        raise EngineError(f"this bundle needs {wanted}; {_advice(manifest.engines[0])}")
+    return preferred if preferred in found else found[0]
+
+
+def _installed(engine: str) -> bool:
+    return importlib.util.find_spec(ENGINES[engine][0]) is not None
+
+
+def _advice(engine: str) -> str:
+    return f'install it with: pip install "edgekit-lm[{engine}]"'
