@@ -128,10 +128,15 @@ class _Mixer(lawcat.Mixer):
     ranking: Ranking | None = None
     watcher: Callable[[torch.Tensor], None] | None = None
 
-    def gated(self, y: torch.Tensor, context: MixerContext) -> torch.Tensor:
+    def gated(
+        self,
+        y: torch.Tensor,
+        context: MixerContext,
+        looks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The heads, turned down by other scores in the column of their mass."""
         if self.spin is None:
-            return super().gated(y, context)
+            return super().gated(y, context, looks)
         mass = y[..., -1]  # [B, T, H]
         if self.watcher is not None:
             self.watcher(mass)
@@ -139,7 +144,7 @@ class _Mixer(lawcat.Mixer):
             sees = mass.sum(dim=-1, keepdim=True) > SEEN
             ranked = torch.where(sees, self.ranking(mass), 0.0)
             y = torch.cat((y[..., :-1], ranked[..., None]), dim=-1)
-        return super().gated(y, context)
+        return super().gated(y, context, looks)
 
 
 def _decoder_config(text: Any) -> DecoderConfig:
