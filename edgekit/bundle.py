@@ -25,6 +25,7 @@ __all__ = [
     "Manifest",
     "ModelFacts",
     "StateRecord",
+    "TileTexts",
     "VisionFacts",
     "check_files",
     "describe_files",
@@ -103,6 +104,22 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TileTexts:
+    """What a prompt says of the tiles of a picture, which come before its small copy.
+
+    Attributes:
+        before: comes before the image tokens of a tile; `{row}` and `{column}` in it stand for the
+            tile's place, counted from 1.
+        row_end: comes after the last tile of a row.
+        end: comes after the last row.
+    """
+
+    before: str
+    row_end: str
+    end: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VisionFacts:
     """How a picture comes into a prompt.
 
@@ -110,13 +127,16 @@ class VisionFacts:
         family: of the whole model, such as `llava`; the decoder's own is in `ModelFacts`.
         image_token_id: stands for one embedding of a picture among token ids.
         image_token: the same as text.
-        tokens: embeddings of one picture; None: as its size says, in patches.
+        tokens: embeddings of one picture, or of each of its squares where it has tiles; None: as
+            its size says, in patches.
         placeholder: stands for a picture in a prompt and in what the chat template writes.
         inserted: what is put before a prompt without placeholders, for each picture.
         before: text that comes before the image tokens when they replace a placeholder.
         after: text that comes after them.
         merge: patches along each side of one embedding, where pictures have any size and positions
-            three axes; None: pictures have one size.
+            three axes; None: pictures, or their squares, have one size.
+        tiles: for models that may read a picture in tiles beside a small copy of it, which `before`
+            and `after` are around; None: there is only the picture.
     """
 
     family: str
@@ -128,6 +148,7 @@ class VisionFacts:
     before: str = ""
     after: str = ""
     merge: int | None = None
+    tiles: TileTexts | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

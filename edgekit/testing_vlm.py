@@ -37,6 +37,7 @@ MARKERS = (
     "<fake_token_around_image>",
     "<global-img>",
 )
+TILE_MARKERS = tuple(f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3))
 QWEN_MARKERS = ("<|image_pad|>", *MARKERS[1:3])
 GEMMA_MARKERS = ("<image_soft_token>", "<start_of_image>", "<end_of_image>")
 CHAT_TEMPLATE = (
@@ -89,6 +90,16 @@ SQUARE: Mapping[str, Any] = {
     "image_processor_type": "Gemma3ImageProcessor",
     "size": {"height": SIDE, "width": SIDE},
     "do_center_crop": False,
+}
+TILER: Mapping[str, Any] = {
+    **PROCESSOR,
+    "image_processor_type": "SmolVLMImageProcessor",
+    "do_image_splitting": True,
+    "size": {"longest_edge": 2 * SIDE},
+    "max_image_size": {"longest_edge": SIDE},
+    "resample": 1,
+    "do_center_crop": False,
+    "do_pad": True,
 }
 PATCHER: Mapping[str, Any] = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -201,6 +212,8 @@ def write_tiny_vlm(directory: Path, family: str, *, seed: int = 0) -> TinyVlm:
     mark, settings = MARKERS[0], PROCESSOR
     if family == "gemma3":
         markers, mark, settings = GEMMA_MARKERS, GEMMA_MARKERS[1], SQUARE
+    if family == "smolvlm":
+        markers, settings = MARKERS + TILE_MARKERS, TILER
     if family.startswith("qwen"):
         markers, settings = QWEN_MARKERS, PATCHER
         mark = "{1}{0}{2}".format(*QWEN_MARKERS)

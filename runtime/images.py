@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "MOST_PIXELS",
     "PROCESSOR",
     "ImageProcessor",
     "Picture",

@@ -20,7 +20,7 @@ class Pictures:
     Attributes:
         features: one embedding for each image token, fp32 `[N, D]`.
         grids: time (1), height and width of each picture in patches, int64 `[pictures, 3]`, where
-            positions have three axes.
+            positions have three axes; no decoder reads it where they have one.
     """
 
     features: Floats

@@ -12,12 +12,13 @@ from edgekit.errors import UsageError
 from edgekit.runtime.engine import Array, Floats, Integers
 from edgekit.runtime.images import ImageProcessor, Picture, read_image
 from edgekit.runtime.images_qwen import PatchGrid, PatchProcessor
+from edgekit.runtime.images_tiles import TileProcessor
 from edgekit.runtime.pictures import Pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Eye", "PatchEye", "Seen", "Vision", "WholeEye", "open_eye"]
+__all__ = ["Eye", "PatchEye", "Seen", "TileEye", "Vision", "WholeEye", "open_eye"]
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages], str]
@@ -30,7 +31,8 @@ class Seen:
 
     Attributes:
         calls: inputs of each call of the graphs, pixels first.
-        grids: see `Pictures`.
+        grids: how each picture is laid out, int64 `[pictures, 3]`, as its eye counts it: see
+            `Pictures`, or `TileProcessor`; of pictures of one size, nothing.
     """
 
     calls: tuple[dict[str, Array], ...]
@@ -47,8 +49,12 @@ class Eye(Protocol):
             UsageError: for pictures that the model cannot take.
         """
 
-    def tokens(self, grids: Integers) -> list[int]:
-        """Image tokens of each picture."""
+    def texts(self, grids: Integers) -> list[str]:
+        """What stands for each picture in a prompt, image tokens among it.
+
+        Args:
+            grids: of `Seen`, a row for each picture.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +62,46 @@ class WholeEye:
     """Pictures of one size, all in one call."""
 
     processor: ImageProcessor
-    size: int  # image tokens of a picture
+    facts: VisionFacts
 
     def __call__(self, images: "Sequence[Image]") -> Seen:
         """See `Eye`."""
         return Seen(({PIXELS: self.processor(images)},), _one_size(len(images)))
 
-    def tokens(self, grids: Integers) -> list[int]:
+    def texts(self, grids: Integers) -> list[str]:
         """See `Eye`."""
-        return [self.size] * len(grids)
+        return [_image_text(self.facts, self.facts.tokens)] * len(grids)
+
+
+@dataclass(frozen=True, slots=True)
+class TileEye:
+    """Pictures of any size as squares of one size, those of all pictures in one call."""
+
+    processor: TileProcessor
+    facts: VisionFacts
+
+    def __call__(self, images: "Sequence[Image]") -> Seen:
+        """See `Eye`."""
+        squares, grids = self.processor(images)
+        return Seen(({PIXELS: squares},), grids)
+
+    def texts(self, grids: Integers) -> list[str]:
+        """See `Eye`."""
+        small = _image_text(self.facts, self.facts.tokens)
+        return [self._tiles(*grid[1:]) + small for grid in grids.tolist()]
+
+    def _tiles(self, rows: int, columns: int) -> str:
+        texts, tokens = self.facts.tiles, self.facts.tokens
+        assert texts is not None
+        assert tokens is not None
+        if not rows:
+            return ""
+        tile = texts.before + self.facts.image_token * tokens
+        lines = [
+            "".join(_numbered(tile, row, column) for column in range(1, columns + 1))
+            for row in range(1, rows + 1)
+        ]
+        return texts.row_end.join((*lines, texts.end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +110,7 @@ class PatchEye:
 
     processor: PatchProcessor
     grid: PatchGrid
+    facts: VisionFacts
 
     def __call__(self, images: "Sequence[Image]") -> Seen:
         """See `Eye`."""
@@ -82,9 +120,10 @@ class PatchEye:
         calls = tuple({PIXELS: part, **self.grid.inputs(grid)} for part, grid in parts)
         return Seen(calls, grids)
 
-    def tokens(self, grids: Integers) -> list[int]:
+    def texts(self, grids: Integers) -> list[str]:
         """See `Eye`."""
-        return [int(count) for count in grids.prod(axis=1) // self.grid.merge**2]
+        tokens: list[int] = (grids.prod(axis=1) // self.grid.merge**2).tolist()
+        return [_image_text(self.facts, count) for count in tokens]
 
 
 def open_eye(directory: Path, facts: VisionFacts) -> Eye:
@@ -93,9 +132,11 @@ def open_eye(directory: Path, facts: VisionFacts) -> Eye:
     Raises:
         BundleError: if its processor is missing or damaged, or asks for steps that are not known.
     """
+    if facts.tiles is not None:
+        return TileEye(TileProcessor.read(directory), facts)
     if facts.tokens is not None:
-        return WholeEye(ImageProcessor.read(directory), facts.tokens)
-    return PatchEye(PatchProcessor.read(directory), PatchGrid.read(directory))
+        return WholeEye(ImageProcessor.read(directory), facts)
+    return PatchEye(PatchProcessor.read(directory), PatchGrid.read(directory), facts)
 
 
 class Vision:
@@ -129,7 +170,7 @@ class Vision:
         return Pictures(features, seen.grids)
 
     def prompt(self, text: str, grids: Integers) -> str:
-        """The prompt with its placeholders turned into markers and image tokens.
+        """The prompt with what the eye says in place of its placeholders.
 
         Args:
             text: with one placeholder per picture, or with none: then they come first.
@@ -148,8 +189,7 @@ class Vision:
         if not given:
             text = facts.inserted * count + text
         pieces = text.split(facts.placeholder)
-        for number, tokens in enumerate(self._eye.tokens(grids), 1):
-            image = facts.before + facts.image_token * tokens + facts.after
+        for number, image in enumerate(self._eye.texts(grids), 1):
             pieces[number] = image + pieces[number]
         return "".join(pieces)
 
@@ -181,6 +221,16 @@ class Vision:
         said = all(str(message.get("content", "")).strip() in prompt for message in messages)
         whole = said and prompt.count(self._facts.placeholder) == pictures
         return prompt if whole else render(plain)
+
+
+def _image_text(facts: VisionFacts, tokens: int | None) -> str:
+    """Image tokens between their markers."""
+    assert tokens is not None
+    return facts.before + facts.image_token * tokens + facts.after
+
+
+def _numbered(text: str, row: int, column: int) -> str:
+    return text.replace("{row}", str(row)).replace("{column}", str(column))
 
 
 def _one_size(count: int) -> Integers:

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgekit.bundle import VisionFacts
 from edgekit.errors import SourceError, UsageError
 from edgekit.runtime.images import ImageProcessor, Picture
 from edgekit.runtime.images_qwen import PatchGrid, PatchProcessor
+from edgekit.runtime.images_tiles import TileProcessor
 from edgekit.runtime.text import Tokenizer
-from edgekit.runtime.vision import Eye, PatchEye, Vision, WholeEye
-from edgekit.sources.base import Source, VisionSource
+from edgekit.runtime.vision import Eye, PatchEye, TileEye, Vision, WholeEye
+from edgekit.sources.base import Source
 from edgekit.sources.quiet import quiet_transformers
 from edgekit.sources.vlm import PATCHED, VISION_FAMILIES, vision_facts
 
@@ -24,7 +26,7 @@ IMAGE_TYPES = {
     "qwen2_5_vl": "mm_token_type_ids",
     "gemma3": "token_type_ids",
 }
-NESTED = ("smolvlm", "idefics3")  # take pixels as [rows, pictures, 3, H, W]
+NESTED = ("smolvlm", "idefics3")  # take pixels as [rows, squares, 3, H, W]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +102,19 @@ def open_picture_model(source: Source) -> PictureModel:
             f"{', '.join(VISION_FAMILIES)}"
         )
     model = whole_model(source)
-    eye = _eye(source.vision, model, str(source.directory))
-    tokens = eye.size if isinstance(eye, WholeEye) else None
+    tokens = None if source.vision.family in PATCHED else _tokens(model)
     facts = vision_facts(source.vision, source.directory, tokens)
-    vision = Vision(eye, facts, _refused)
-    return PictureModel(source, model, Tokenizer(source.directory), vision)
+    eye = _eye(facts, source.vision.processor, model, str(source.directory))
+    return PictureModel(source, model, Tokenizer(source.directory), Vision(eye, facts, _refused))
 
 
-def _eye(vision: VisionSource, model: Any, where: str) -> Eye:
-    if vision.family in PATCHED:
-        grid = PatchGrid.of({"model_type": vision.family, **model.config.to_dict()})
-        return PatchEye(PatchProcessor.of(vision.processor, where=where), grid)
-    return WholeEye(ImageProcessor.of(vision.processor, where=where), _tokens(model))
+def _eye(facts: VisionFacts, settings: dict[str, Any], model: Any, where: str) -> Eye:
+    if facts.tiles is not None:
+        return TileEye(TileProcessor.of(settings, where=where), facts)
+    if facts.tokens is not None:
+        return WholeEye(ImageProcessor.of(settings, where=where), facts)
+    grid = PatchGrid.of({"model_type": facts.family, **model.config.to_dict()})
+    return PatchEye(PatchProcessor.of(settings, where=where), grid, facts)
 
 
 def _refused(_: Any) -> Any:
@@ -150,9 +153,9 @@ def whole_model(source: Source, config: Any = None) -> Any:
 
 @torch.no_grad()
 def _tokens(model: Any) -> int:
-    """Embeddings of one picture."""
+    """Embeddings of one picture, or of one of its squares."""
     side = model.config.vision_config.image_size
-    blank = torch.zeros(1, 3, side, side)
-    given = blank[None] if model.config.model_type in NESTED else blank
+    white = torch.ones(1, 3, side, side)  # Idefics3 leaves black pictures out
+    given = white[None] if model.config.model_type in NESTED else white
     found = model.model.get_image_features(given, return_dict=True).pooler_output
     return int(found[0].shape[0])

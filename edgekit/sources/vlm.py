@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from edgekit.bundle import VisionFacts
+from edgekit.bundle import TileTexts, VisionFacts
 from edgekit.errors import SourceError
 from edgekit.models.weights import WeightStore
+from edgekit.runtime.images_tiles import TileProcessor
 from edgekit.sources.base import VisionSource, read_json
 
 __all__ = [
@@ -45,6 +46,11 @@ MARKERS: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
 VISION_FAMILIES = tuple(MARKERS)
 BIDIRECTIONAL = ("gemma3",)  # tokens of one picture see each other
 PATCHED = ("qwen2_vl", "qwen2_5_vl")  # read pictures of any size, in patches
+TILE_TEXTS = TileTexts(
+    before="<fake_token_around_image><row_{row}_col_{column}>", row_end="\n", end="\n"
+)
+TILED = ("smolvlm", "idefics3")  # read pictures of any size, in tiles and a small copy
+USUAL_SIDE = 224  # of the pictures that such a vision side reads, where its config leaves it out
 TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 TEXT_PARTS = ("embed_tokens.", "layers.", "norm.")
@@ -83,18 +89,34 @@ def vision_source(directory: Path, config: Mapping[str, Any]) -> VisionSource:
     """What the vision side of a model directory says of itself.
 
     Raises:
-        SourceError: if no image token, or no image processor, is named.
+        SourceError: if no image token, or no image processor, is named, or that makes tiles of
+            another size than the vision side reads.
+        BundleError: if the image processor should make tiles, and does not say how.
     """
     found = [config[key] for key in IMAGE_TOKENS if config.get(key) is not None]
     if not found or not isinstance(found[0], int):
         raise SourceError(f"{directory / 'config.json'}: has no {IMAGE_TOKENS[0]}; fetch it again")
+    processor = _image_processor(directory)
+    _check_tiles(directory, config, processor)
     return VisionSource(
         family=str(config["model_type"]),
         image_token_id=found[0],
-        processor=_image_processor(directory),
+        processor=processor,
         merge=_merge(config),
         markers=_markers(config),
     )
+
+
+def _check_tiles(directory: Path, config: Mapping[str, Any], processor: Mapping[str, Any]) -> None:
+    if config["model_type"] not in TILED:
+        return
+    side = config.get("vision_config", {}).get("image_size", USUAL_SIDE)
+    tile = TileProcessor.of(processor, where=f"{directory}: its image processor").side
+    if tile != side:
+        raise SourceError(
+            f"{directory}: max_image_size {tile} given, for tiles; allowed: {side}, the image_size "
+            "of the vision side, whose graph has one size"
+        )
 
 
 def _merge(config: Mapping[str, Any]) -> int | None:
@@ -117,7 +139,7 @@ def vision_facts(vision: VisionSource, directory: Path, tokens: int | None) -> V
     Args:
         vision: of the source.
         directory: holds tokenizer.json.
-        tokens: embeddings of one picture; None: by its size.
+        tokens: embeddings of one picture, or of one of its squares; None: by its size.
 
     Raises:
         SourceError: if there is no tokenizer, or it does not know the image token.
@@ -149,6 +171,7 @@ def vision_facts(vision: VisionSource, directory: Path, tokens: int | None) -> V
         before=before,
         after=after,
         merge=vision.merge,
+        tiles=TILE_TEXTS if vision.family in TILED else None,
     )
 
 
