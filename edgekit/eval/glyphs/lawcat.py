@@ -99,8 +99,8 @@ class LawcatModel(nn.Module):
             weight.view(len(weight), self.text.config.num_heads, -1)[:, list(chosen)] *= alpha
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the tensors into a new folder."""
-        folder.mkdir(parents=True)
+        """Write the tensors into a folder, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
         save_model(self, str(folder / TENSORS))
 
     def restored(self, folder: Path) -> "LawcatModel":
@@ -128,10 +128,15 @@ class _Mixer(lawcat.Mixer):
     ranking: Ranking | None = None
     watcher: Callable[[torch.Tensor], None] | None = None
 
-    def gated(self, y: torch.Tensor, context: MixerContext) -> torch.Tensor:
+    def gated(
+        self,
+        y: torch.Tensor,
+        context: MixerContext,
+        looks: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The heads, turned down by other scores in the column of their mass."""
-        if self.spin is None:
-            return super().gated(y, context)
+        if self.spin is None or looks is not None:
+            return super().gated(y, context, looks)
         mass = y[..., -1]  # [B, T, H]
         if self.watcher is not None:
             self.watcher(mass)
