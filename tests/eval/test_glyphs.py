@@ -158,6 +158,12 @@ def test_the_experiment_goes_on_where_it_was(
     assert main(arguments) == 0
     assert capsys.readouterr().out == first
     assert model.stat().st_mtime_ns == before
+    tokenizer = tmp_path / "seed-0" / ("model" if mixer == "softmax" else "base") / "tokenizer.json"
+    tokenizer.unlink()
+    assert main(arguments) == 0
+    assert tokenizer.is_file()
+    assert model.stat().st_mtime_ns == before
+    capsys.readouterr()
     assert main([*arguments[:-2], "4", "--smoke"]) == 2
     assert "of other settings; give another folder" in capsys.readouterr().err
 

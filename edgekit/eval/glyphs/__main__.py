@@ -4,13 +4,13 @@ Example:
     python -m edgekit.eval.glyphs -o glyphs --seeds 0,1,2
 
 For each seed it writes `seed-N/model`, a LLaVA that transformers opens and `edgekit convert` reads,
-or with `--mixer lawcat` the tensors of one with edgekit's own decoder, and `seed-N/results.json`;
-then `table.md`. What is there already is not made again.
+and `seed-N/results.json`; then `table.md`. With `--mixer lawcat` the model is the tensors of one
+with edgekit's own decoder, and what `edgekit convert` reads is `seed-N/base`, a LLaVA, with its
+`--student seed-N/student`. What is there already is not made again.
 """
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +20,9 @@ from typing import Any, get_args
 from edgekit.command import Told, guarded, module_parser, numbers
 from edgekit.config import dump
 from edgekit.errors import UsageError
+from edgekit.eval.glyphs.checkpoint import completed, made
 from edgekit.eval.glyphs.experiment import measured
-from edgekit.eval.glyphs.model import Mixer, Model, Training, load_model, new_model, train
+from edgekit.eval.glyphs.model import MODEL, Mixer, Model, Training, load_model, new_model, train
 from edgekit.markdown import markdown_table
 
 __all__ = ["main"]
@@ -64,8 +65,10 @@ def _results(folder: Path, training: Training, args: argparse.Namespace, told: T
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["settings"] != settings:
             raise UsageError(f"{file} is of other settings; give another folder")
+        if (folder / MODEL).is_dir():
+            completed(folder, args.mixer)
         return found["methods"]
-    model = _model(folder / "model", training, args.mixer, told)
+    model = _model(folder, training, args.mixer, told)
     methods = measured(model, seed=training.seed, scenes=args.scenes, progress=told)
     text = json.dumps({"settings": settings, "methods": methods}, indent=1) + "\n"
     unfinished = file.with_suffix(".part")
@@ -75,14 +78,14 @@ def _results(folder: Path, training: Training, args: argparse.Namespace, told: T
 
 
 def _model(folder: Path, training: Training, mixer: Mixer, told: Told) -> Model:
-    if not folder.is_dir():
+    def trained(work: Path) -> None:
         model = new_model(training.seed, mixer)
         train(model, training, told)
-        unfinished = folder.with_name("model.part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    return load_model(folder, mixer)
+        model.save_pretrained(work)
+
+    made(folder / MODEL, trained)
+    completed(folder, mixer)
+    return load_model(folder / MODEL, mixer)
 
 
 def _table(results: dict[int, Any], mixer: Mixer) -> str:

@@ -99,8 +99,8 @@ class LawcatModel(nn.Module):
             weight.view(len(weight), self.text.config.num_heads, -1)[:, list(chosen)] *= alpha
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the tensors into a new folder."""
-        folder.mkdir(parents=True)
+        """Write the tensors into a folder, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
         save_model(self, str(folder / TENSORS))
 
     def restored(self, folder: Path) -> "LawcatModel":
@@ -135,7 +135,7 @@ class _Mixer(lawcat.Mixer):
         looks: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The heads, turned down by other scores in the column of their mass."""
-        if self.spin is None:
+        if self.spin is None or looks is not None:
             return super().gated(y, context, looks)
         mass = y[..., -1]  # [B, T, H]
         if self.watcher is not None:

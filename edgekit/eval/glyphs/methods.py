@@ -19,6 +19,7 @@ __all__ = [
     "Control",
     "Method",
     "contrasted_captions",
+    "next_logits",
     "plain_captions",
     "said",
     "spun_captions",
@@ -61,6 +62,18 @@ def plain_captions(model: Model, pixels: torch.Tensor) -> list[list[int]]:
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
         found = model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
     return [_until_end(row) for row in found[:, ids.shape[1] :].tolist()]
+
+
+@torch.no_grad()
+def next_logits(
+    model: Model, pixels: torch.Tensor, caption: Sequence[int], method: Method
+) -> torch.Tensor:
+    """Logits `[V]` of what follows the beginning of a caption of one picture `[3, SIDE, SIDE]`."""
+    begun = torch.tensor([caption], dtype=torch.long)
+    with _turned_down(model, method):
+        given = {"input_ids": torch.cat((prompt(1), begun), dim=1), "pixel_values": pixels[None]}
+        logits: torch.Tensor = model(**given).logits[0, -1]
+    return logits
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ from edgekit.errors import UsageError
 from edgekit.eval.glyphs import world
 from edgekit.eval.glyphs.lawcat import LawcatModel
 
-__all__ = ["Mixer", "Model", "Training", "load_model", "new_model", "prompt", "train"]
+__all__ = ["MODEL", "Mixer", "Model", "Training", "load_model", "new_model", "prompt", "train"]
 
 Mixer = Literal["softmax", "lawcat"]
 Model = Any  # LlavaForConditionalGeneration, whose types refuse what it takes, or LawcatModel
 Progress = Callable[[str, int, int], None]
 IGNORE = -100
+MODEL = "model"  # what training leaves in the folder of a seed
 WIDTH, HEADS = 64, 8
 PEAK, FLOOR, WARMUP, CLIP = 2e-3, 0.02, 50, 1.0
 
