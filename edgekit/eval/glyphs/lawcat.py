@@ -6,6 +6,7 @@ values, as in the exported graphs. B batch, T tokens, D channels, H heads, d wid
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from edgekit.mixers.base import MixerContext, State
 from edgekit.models.config import DecoderConfig, LawcatConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.spin import SpinConfig
+from edgekit.sources.hf_config import parse_config
 
 __all__ = ["LawcatModel", "Ranking", "Watcher"]
 
@@ -148,17 +150,6 @@ class _Mixer(lawcat.Mixer):
 
 
 def _decoder_config(text: Any) -> DecoderConfig:
-    return DecoderConfig(
-        family="llama",
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_layers=text.num_hidden_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        context_length=text.max_position_embeddings,
-        tied_head=False,
-        mixers=("lawcat",) * text.num_hidden_layers,
-        lawcat=OPTIONS,
-    )
+    config, _ = parse_config(text.to_dict(), {})
+    mixed = config.with_mixers(("lawcat",) * config.num_layers, OPTIONS)
+    return replace(mixed, tied_head=False)
