@@ -24,6 +24,7 @@ __all__ = [
     "ENGINE_FILES",
     "FORMAT_VERSION",
     "FRESH_STATES",
+    "IMAGE_MASS",
     "MANIFEST",
     "MARKERS",
     "FileRecord",
@@ -68,6 +69,7 @@ VISION_ENGINE_FILES = {  # of a vision-language model: the language, its token t
     ),
 }
 MERGER_FILES = tuple(f"openvino_vision_embeddings_merger_model.{e}" for e in ("xml", "bin"))
+IMAGE_MASS = "image_mass"  # output: the share of attention that the last position gives to pictures
 FRESH_STATES = "edgekit.fresh_states"  # an ONNX model's metadata: no buffer is past and present
 
 
@@ -134,6 +136,8 @@ class VisionFacts:
         after: text that comes after them.
         merge: patches along each side of one embedding, where pictures have any size and positions
             three axes; None: pictures have one size.
+        image_mass: whether the decoder's graphs say with every token how far it looks at pictures:
+            the mean share of the attention of SPIN's heads.
     """
 
     family: str
@@ -145,6 +149,7 @@ class VisionFacts:
     before: str = ""
     after: str = ""
     merge: int | None = None
+    image_mass: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

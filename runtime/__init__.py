@@ -14,7 +14,7 @@ Example (SmolLM2-135M-Instruct, all softmax, int4; with LAWCAT the state's bytes
 """
 
 from edgekit.runtime.adapters import AdapterInfo
-from edgekit.runtime.generation import GenerationStats
+from edgekit.runtime.generation import GenerationStats, ScoredPiece
 from edgekit.runtime.model import Model, load
 from edgekit.runtime.sampling import GenerationOptions
 from edgekit.runtime.session import Session
@@ -25,6 +25,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationStats",
     "Model",
+    "ScoredPiece",
     "Session",
     "Snapshot",
     "load",
