@@ -20,6 +20,7 @@ __all__ = [
     "ENGINE_FILES",
     "FORMAT_VERSION",
     "FRESH_STATES",
+    "IMAGE_MASS",
     "MANIFEST",
     "FileRecord",
     "Manifest",
@@ -52,6 +53,7 @@ VISION_ENGINE_FILES = {  # of a vision-language model: the language, its token t
     ),
 }
 MERGER_FILES = tuple(f"openvino_vision_embeddings_merger_model.{e}" for e in ("xml", "bin"))
+IMAGE_MASS = "image_mass"  # output: the share of attention that the last position gives to pictures
 FRESH_STATES = "edgekit.fresh_states"  # an ONNX model's metadata: no buffer is past and present
 
 
@@ -137,6 +139,8 @@ class VisionFacts:
             three axes; None: pictures, or their squares, have one size.
         tiles: for models that may read a picture in tiles beside a small copy of it, which `before`
             and `after` are around; None: there is only the picture.
+        image_mass: whether the decoder's graphs say with every token how far it looks at pictures:
+            the mean share of the attention of SPIN's heads.
     """
 
     family: str
@@ -149,6 +153,7 @@ class VisionFacts:
     after: str = ""
     merge: int | None = None
     tiles: TileTexts | None = None
+    image_mass: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -155,7 +155,10 @@ class OnnxGraph:
         return Value(self._reshape(mean, [0, 0, config.num_heads * d], f"{prefix}.flatten"))
 
     def logits(self, x: Value, name: str) -> None:
-        """See `Graph.logits`; the input `logits_to_keep` says how many positions, 1 by default."""
+        """See `Graph.logits`; the input `logits_to_keep` says how many positions, 1 by default.
+
+        What else is asked of the last position comes with it.
+        """
         keep = self.file.node("Neg", [self._keep], "last_position.start")
         start = self._reshape(keep, [1], "last_position.starts")
         bounds = [start, self.file.constant([END]), self.file.constant([1])]
@@ -168,6 +171,8 @@ class OnnxGraph:
         one = self.file.output(LAST_LOGITS, TensorProto.FLOAT, ["batch", 1, vocab])
         bounds = [self.file.constant([n]) for n in (-1, END, 1)]
         self.file.nodes("Slice", [every, *bounds], LAST_LOGITS, [one])
+        if self.config.spin_scores:
+            self.head_gate.write_image_mass()
 
     def _finished(self, weighted: str, total: str, name: str) -> str:
         """Divided by the normaliser `total`, or scaled: `[B, T, H, d]`."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto
 
+from edgekit.bundle import IMAGE_MASS
 from edgekit.export.onnx_file import OnnxFile
 from edgekit.export.states import IMAGE_MASK
 from edgekit.kernels.head_gate.reference import SEEN
@@ -42,6 +43,7 @@ class HeadGateWriter:
         assert config.spin is not None
         self._file, self._config, self._time, self._mask = file, config, time, mask
         self._spin: SpinConfig = config.spin
+        self._masses: list[str] = []  # of the last position, [B, H, 1] of each gated layer so far
         file.input(IMAGE_MASK, TensorProto.INT64, ["batch", "image_time"])
 
     def widened(self, x: str, name: str) -> str:
@@ -127,6 +129,12 @@ class HeadGateWriter:
                 masses, and say so.
         """
         node = functools.partial(self._file.node, name=f"{name}.spin")
+        if self._config.spin_scores:
+            end = self._file.constant(np.asarray(-1, np.int64), "spin.end_row")
+            last = self._file.node("Gather", [scores, end], f"{name}.last_mass", axis=1)
+            self._masses.append(last)
+        if self._spin.inert(self._config.num_heads):
+            return y
         choose = self._by_topk if self._spin.lowering == "topk" else self._by_rank
         chosen = choose(scores, name)
         sees = self._sees(scores, name) if sees is None else sees
@@ -134,6 +142,13 @@ class HeadGateWriter:
         spared = node("Or", [chosen, node("Not", [gate])])
         values = [self._file.constant(np.float32(x), "spin.factor") for x in (1, self._spin.alpha)]
         return node("Mul", [y, node("Where", [spared, *values])])
+
+    def write_image_mass(self) -> None:
+        """Add the output `image_mass`, fp32 `[B, 1]`: the mean over gated layers and heads."""
+        self._file.output(IMAGE_MASS, TensorProto.FLOAT, ["batch", 1])
+        joined = self._file.node("Concat", self._masses, f"{IMAGE_MASS}.heads", axis=1)
+        axes = self._file.constant([1])
+        self._file.nodes("ReduceMean", [joined, axes], IMAGE_MASS, [IMAGE_MASS], keepdims=0)
 
     def _by_topk(self, scores: str, name: str) -> str:
         """The heads of each query with the largest scores, bool `[B, T, H, 1]`."""

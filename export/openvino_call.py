@@ -119,7 +119,8 @@ class Call:
     def gate(self) -> HeadGate:
         """SPIN over the T tokens of this call."""
         assert self._config.spin is not None
-        return HeadGate(self._config.spin, self._image, self.length)
+        masses: list[Handle] | None = [] if self._config.spin_scores else None
+        return HeadGate(self._config.spin, self._image, self.length, masses)
 
     @cached_property
     def padded_gate(self) -> HeadGate:

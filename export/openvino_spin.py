@@ -32,11 +32,13 @@ class HeadGate:
         spin: the rule.
         image: 1 on the image tokens of this call, else 0, fp32 `[B, T]`.
         length: how many of the T are tokens; the rest is padding on the right, `[1]`.
+        masses: of the last token, `[B, H, 1, 1]` of each gated layer so far; None: nobody asks.
     """
 
     spin: SpinConfig
     image: Handle
     length: Handle
+    masses: list[Handle] | None = None
 
     def marked(self, v: Handle, columns: int) -> Handle:
         """Values `[B, heads, T, d]` with the indicator as `columns` more, `[B, heads, T, .]`."""
@@ -86,6 +88,11 @@ class HeadGate:
                 masses, and say so.
         """
         heads = int(scores.get_partial_shape()[1].get_length())
+        if self.masses is not None:
+            last = op.subtract(self.length, ints([1]))
+            self.masses.append(op.gather(scores, last, ints(2)).output(0))
+        if self.spin.inert(heads):
+            return y
         kept = self.spin.kept(heads)
         chosen = _by_topk if self.spin.lowering == "topk" else _by_rank
         if sees is None:
@@ -94,6 +101,12 @@ class HeadGate:
         spared = op.logical_or(chosen(scores, heads, kept), op.logical_not(gate))
         factor = op.select(spared, scalar(1.0), scalar(self.spin.alpha))
         return op.multiply(y, factor).output(0)
+
+    def image_mass(self) -> Handle:
+        """The mean of all masses of the last token, fp32 `[B, 1]`; call once, after all layers."""
+        assert self.masses
+        joined = self.masses[0] if len(self.masses) == 1 else op.concat(self.masses, 1)
+        return op.reduce_mean(joined, ints([1, 2]), False).output(0)
 
     def _queries(self) -> ov.Node:
         """The queries that may be gated, boolean `[B or 1, 1, T, 1]`."""

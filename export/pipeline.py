@@ -95,6 +95,7 @@ def convert(
     untie: bool = False,
     adapter_slots: str | Sequence[str] = (),
     spin: SpinConfig | None = None,
+    spin_scores: bool = False,
     verify: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -123,6 +124,8 @@ def convert(
         adapter_slots: linear layers that take adapters at run time: `all`, or names such as
             `q_proj`, patterns of module paths, and directories of adapters.
         spin: heads of a vision-language model to turn down by how far they look at the picture.
+        spin_scores: let the bundle say with every token how far these heads look at the picture;
+            without `spin`, all heads, and none is turned down.
         verify: compare both engines with PyTorch, and fail above `verify.bounds_for`.
         force: replace an existing bundle at `out`.
         progress: called with the step's name, its number and the count of steps.
@@ -178,6 +181,7 @@ def convert(
             untie=untie,
             adapter_slots=adapter_slots,
             spin=spin,
+            spin_scores=spin_scores,
         )
         tell = _teller(plan.progress_steps(verify), progress)
         side = _vision(plan)
@@ -269,7 +273,8 @@ def _write_processor(plan: Plan, side: "Side", work: Path) -> VisionFacts:
 
     assert plan.source.vision is not None
     write_processor(plan.source, work)
-    return vision_facts(plan.source.vision, work, side.tokens)
+    facts = vision_facts(plan.source.vision, work, side.tokens)
+    return replace(facts, image_mass=plan.config.spin_scores)
 
 
 def _write_openvino(plan: Plan, side: "Side | None", work: Path) -> None:

@@ -258,6 +258,7 @@ def make_plan(
     untie: bool = False,
     adapter_slots: str | Sequence[str] = (),
     spin: SpinConfig | None = None,
+    spin_scores: bool = False,
 ) -> Plan:
     """Fit checked choices to a source.
 
@@ -272,7 +273,7 @@ def make_plan(
         raise UsageError("a calibration text serves int4 weights of the openvino format only")
     if calibration and source.vision is not None:
         raise UsageError("a calibration text serves models that read text alone; leave it out")
-    source = replace(source, config=_seeing(source, spin))
+    source = replace(source, config=_seeing(source, spin, scores=spin_scores))
     opened = None if student is None else read_student(student)
 
     def mixed(model: Source) -> tuple[DecoderConfig, WeightStore]:
@@ -311,13 +312,16 @@ def make_plan(
     )
 
 
-def _seeing(source: Source, spin: SpinConfig | None) -> DecoderConfig:
+def _seeing(source: Source, spin: SpinConfig | None, *, scores: bool) -> DecoderConfig:
     """The decoder's configuration, with what pictures ask of it."""
     if source.vision is not None:
-        return replace(source.config, reads="embeddings", spin=spin)
-    if spin is not None:
+        if scores and spin is None:
+            spin = SpinConfig(suppress=0)
+        return replace(source.config, reads="embeddings", spin=spin, spin_scores=scores)
+    if spin is not None or scores:
         raise UsageError(
-            f"spin given for {source.name}, which reads no pictures; give a vision-language model"
+            f"{'spin' if spin is not None else 'spin_scores'} given for {source.name}, which reads "
+            "no pictures; give a vision-language model"
         )
     return source.config
 

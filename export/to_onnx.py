@@ -5,8 +5,9 @@ S]` over everything so far, `position_ids` int64 `[B, T]` (with M-RoPE `[3, B, T
 positions, `spin_image_mask` int64 `[B, T]` if one asks where images lie, the states, and an
 optional `logits_to_keep` (int64 scalar, default 1); with adapter slots, the pairs of
 `onnx_side.py`.
-Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, and the states
-after, under the names of `states.state_records`.
+Outputs: `logits` fp32 `[B, min(logits_to_keep, T), V]`, `last_logits` `[B, 1, V]`, with
+`spin_scores` `image_mass` fp32 `[B, 1]`, and the states after, under the names of
+`states.state_records`.
 """
 
 from pathlib import Path

@@ -11,6 +11,7 @@ import torch
 from openvino import opset15 as op
 from torch.nn import functional
 
+from edgekit.bundle import IMAGE_MASS
 from edgekit.export.openvino_call import Call
 from edgekit.export.openvino_lawcat import gated_attention
 from edgekit.export.openvino_side import sided
@@ -45,8 +46,8 @@ def build_openvino(
         side: low-rank paths beside linear layers.
 
     Returns:
-        A model with the inputs of `states.input_names` and `beam_idx`, output `logits`, one
-        variable per state and three per slot.
+        A model with the inputs of `states.input_names` and `beam_idx`, output `logits` (after it,
+        with `spin_scores`, `image_mass`), one variable per state and three per slot.
     """
     graph = OpenVinoGraph(config, weights, half=half, side=side)
     describe_decoder(graph, config)
@@ -74,11 +75,11 @@ class OpenVinoGraph:
     def finish(self) -> ov.Model:
         """The finished model; call once, after `logits`."""
         assert self._logits is not None
-        result = op.result(self._logits)
-        result.set_friendly_name("logits")
-        result.get_output_tensor(0).set_names({"logits"})
+        results = [_result(self._logits, "logits")]  # the first: GenAI looks for the head there
+        if self._config.spin_scores:
+            results.append(_result(self._call.gate.image_mass(), IMAGE_MASS))
         model = ov.Model(
-            [result], self._sinks, list(self._call.inputs.values()), self._config.family
+            results, self._sinks, list(self._call.inputs.values()), self._config.family
         )
         model.validate_nodes_and_infer_types()
         model.edgekit_owners = self._weights.owners
@@ -317,3 +318,10 @@ class OpenVinoGraph:
         shape = op.concat([self._call.batch, heads, total, ints([width])], 0)
         copies = op.broadcast(apart, shape, broadcast_spec="BIDIRECTIONAL")
         return op.reshape(copies, ints([0, config.num_heads, -1, width]), True).output(0)
+
+
+def _result(value: Handle, name: str) -> ov.Node:
+    result = op.result(value)
+    result.set_friendly_name(name)
+    result.get_output_tensor(0).set_names({name})
+    return result

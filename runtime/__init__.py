@@ -14,7 +14,7 @@ Example (SmolLM2-135M-Instruct, all softmax, int4; with LAWCAT the state's bytes
 """
 
 from edgekit.runtime.adapters import AdapterInfo
-from edgekit.runtime.generation import GenerationStats
+from edgekit.runtime.generation import GenerationStats, ScoredPiece
 from edgekit.runtime.loading import load
 from edgekit.runtime.model import Model
 from edgekit.runtime.sampling import GenerationOptions
@@ -26,6 +26,7 @@ __all__ = [
     "GenerationOptions",
     "GenerationStats",
     "Model",
+    "ScoredPiece",
     "Session",
     "Snapshot",
     "load",

@@ -58,6 +58,14 @@ class EngineRequest(Protocol):
     Not safe to use from two threads at once; several requests of one engine are.
     """
 
+    @property
+    def image_mass(self) -> Floats | None:
+        """Share of attention that the last call's last position gave to pictures, fp32 `[B, 1]`.
+
+        None before the first call, and where the graph does not say.
+        """
+        ...
+
     def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph once and keep the state.
 

@@ -15,7 +15,7 @@ from edgekit.runtime.sampling import GenerationOptions, Sampler
 from edgekit.runtime.session import Session
 from edgekit.runtime.text import Detokenizer, StopFilter, Tokenizer
 
-__all__ = ["Generation", "GenerationStats", "left_padded"]
+__all__ = ["Generation", "GenerationStats", "ScoredPiece", "left_padded"]
 
 Ending = Literal["end of text", "stop string", "max_new_tokens", "context full"]
 
@@ -45,6 +45,21 @@ class GenerationStats:
         return later / self.decode_seconds if later and self.decode_seconds else 0.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredPiece:
+    """A piece of text, and how far the model looked at the pictures when it wrote it.
+
+    Attributes:
+        text: the piece.
+        image_mass: the share of their attention that heads spent on pictures, 0 to 1, the mean over
+            the tokens since the piece before; None: there were no pictures, or the bundle does not
+            say.
+    """
+
+    text: str
+    image_mass: float | None
+
+
 class _Row:
     """One sequence of a batch: chooses its tokens, turns them into text, knows when it ended."""
 
@@ -58,12 +73,26 @@ class _Row:
         self._options, self._sampler, self._ends = options, sampler, ends
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopFilter(options.stop)
+        self._masses: list[float] = []  # of the tokens since the last piece
+        self._mean: float | None = None
         self.count = 0
         self.last = 0
         self.ending: Ending | None = None
 
-    def advance(self, logits: Floats, room: int | None) -> str:
-        """Choose the next token from `logits [V]` and return the text that it completes."""
+    def advance(self, logits: Floats, room: int | None, mass: float | None) -> ScoredPiece:
+        """Choose the next token from `logits [V]` and return the text that it completes, or "".
+
+        `mass` is the share of attention on pictures with which these logits came.
+        """
+        text = self._chosen(logits, room)
+        if mass is not None and self.ending != "end of text":
+            self._masses.append(mass)
+            self._mean = sum(self._masses) / len(self._masses)
+        if text:
+            self._masses = []
+        return ScoredPiece(text=text, image_mass=self._mean)
+
+    def _chosen(self, logits: Floats, room: int | None) -> str:
         self.last = self._sampler(logits)
         self.count += 1
         if self.last in self._ends:
@@ -129,6 +158,10 @@ class Generation:
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Row number and piece of text, as they come; empty pieces are left out."""
+        return ((row, piece.text) for row, piece in self.scored_pieces())
+
+    def scored_pieces(self) -> Iterator[tuple[int, ScoredPiece]]:
+        """The same with what each piece has of the pictures."""
         running = list(range(len(self._rows)))
         started = time.perf_counter()
         logits = self._session.next_logits(*left_padded(self._prompts), self._pictures)
@@ -136,7 +169,7 @@ class Generation:
             shown = [(i, self._advance(at, i, logits)) for at, i in enumerate(running)]
             self._ttft = self._ttft or time.perf_counter() - started
             self._seconds += time.perf_counter() - started
-            yield from ((i, piece) for i, piece in shown if piece)
+            yield from ((i, piece) for i, piece in shown if piece.text)
             started = time.perf_counter()
             running = self._drop_ended(running)
             if running:
@@ -146,10 +179,15 @@ class Generation:
             tuple(row.ending for row in self._rows if row.ending),
         )
 
-    def _advance(self, at: int, row: int, logits: Floats) -> str:
+    def _advance(self, at: int, row: int, logits: Floats) -> ScoredPiece:
         """Let `row`, which is row `at` of the session now, choose from `logits [B, V]`."""
         rooms = self._session.rooms
-        return self._rows[row].advance(logits[at], None if rooms is None else rooms[at])
+        masses = None if self._pictures is None else self._session.image_mass
+        return self._rows[row].advance(
+            logits[at],
+            None if rooms is None else rooms[at],
+            None if masses is None else float(masses[at]),
+        )
 
     def _drop_ended(self, running: list[int]) -> list[int]:
         """Shrink the batch to the rows that go on."""

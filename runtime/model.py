@@ -10,7 +10,7 @@ from edgekit.bundle import Manifest
 from edgekit.errors import UsageError
 from edgekit.runtime.adapters import AdapterInfo, Adapters
 from edgekit.runtime.engine import Engine, EngineSettings, Integers
-from edgekit.runtime.generation import Generation, GenerationStats
+from edgekit.runtime.generation import Generation, GenerationStats, ScoredPiece
 from edgekit.runtime.images import Picture
 from edgekit.runtime.pictures import Pictures
 from edgekit.runtime.sampling import GenerationOptions, GenerationSettings
@@ -208,29 +208,59 @@ class Model:
             texts = self._continue(prompts, options, pictures)
         return texts[0] if isinstance(prompt, str) else texts
 
+    @overload
     def stream(
         self,
         prompt: str,
         *,
         images: Sequence[Picture] = (),
+        with_scores: Literal[False] = False,
         **settings: Unpack[GenerationSettings],
-    ) -> Iterator[str]:
+    ) -> Iterator[str]: ...
+    @overload
+    def stream(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[Picture] = (),
+        with_scores: Literal[True],
+        **settings: Unpack[GenerationSettings],
+    ) -> Iterator[ScoredPiece]: ...
+    def stream(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[Picture] = (),
+        with_scores: bool = False,
+        **settings: Unpack[GenerationSettings],
+    ) -> Iterator[str] | Iterator[ScoredPiece]:
         """Continue a prompt piece by piece; the pieces join to what `generate` returns.
 
         Args:
             prompt: a text.
             images: its pictures; see `generate`.
+            with_scores: yield `ScoredPiece`, which says how far the model looked at the pictures.
             settings: fields of `GenerationOptions`, by name; `num_beams` must be 1.
 
         Raises:
-            UsageError: as `generate`, before the first piece.
+            UsageError: as `generate`, or if the bundle does not say what `with_scores` asks for,
+                before the first piece.
         """
+        facts = self.manifest.vision
+        if with_scores and not (facts is not None and facts.image_mass):
+            raise UsageError(
+                "with_scores given, but this bundle does not say how far it looks at pictures; "
+                "convert a vision-language model with --spin-scores"
+            )
         options = GenerationOptions.of(settings)
         if options.num_beams > 1:
             raise UsageError(
                 "beam search cannot stream: its text is not certain before the end; use generate"
             )
-        return self._pieces(self._generation([prompt], options, [images]))
+        generation = self._generation([prompt], options, [images])
+        if with_scores:
+            return self._scored_pieces(generation)
+        return (piece.text for piece in self._scored_pieces(generation))
 
     def chat_prompt(
         self,
@@ -291,8 +321,8 @@ class Model:
             texts = [self._vision.prompt(text, part) for text, part in parts]
         return [self.tokenizer.encode_prompt(text) for text in texts], seen
 
-    def _pieces(self, generation: Generation) -> Iterator[str]:
-        for _, piece in generation.pieces():
+    def _scored_pieces(self, generation: Generation) -> Iterator[ScoredPiece]:
+        for _, piece in generation.scored_pieces():
             yield piece
         self.last_stats = generation.stats
 

@@ -19,7 +19,7 @@ from onnxruntime.capi import (
     onnxruntime_pybind11_state as failures,
 )
 
-from edgekit.bundle import FRESH_STATES, Manifest, StateRecord
+from edgekit.bundle import FRESH_STATES, IMAGE_MASS, Manifest, StateRecord
 from edgekit.errors import BundleError, EngineError
 from edgekit.runtime.engine import (
     Array,
@@ -70,6 +70,7 @@ class OnnxEngine:
         self.vocab = manifest.model.vocab_size
         self.all_positions = settings.logits == "all"
         self.inputs = frozenset(item.name for item in self.session.get_inputs())
+        self.watched = IMAGE_MASS in {item.name for item in self.session.get_outputs()}
         fresh = FRESH_STATES in self.session.get_modelmeta().custom_metadata_map
         self.in_place = _shares_states(manifest) and not fresh
 
@@ -140,6 +141,7 @@ class OnnxRequest(ABC):
         self._binding = engine.session.io_binding()
         self._columns = 0
         self._used: dict[str, onnxruntime.OrtValue] = {}
+        self.image_mass: Floats | None = None
         self.reset(batch)
 
     def embed(self, ids: Integers) -> Floats:
@@ -166,10 +168,14 @@ class OnnxRequest(ABC):
             self._binding.bind_ortvalue_input("logits_to_keep", make(np.array(length)))
         logits = np.empty((batch, positions, self._engine.vocab), dtype=np.float32)
         self._binding.bind_ortvalue_output("logits", make(logits))
+        mass = np.empty((batch, 1), dtype=np.float32) if self._engine.watched else None
+        if mass is not None:
+            self._binding.bind_ortvalue_output(IMAGE_MASS, make(mass))
         try:
             self._engine.session.run_with_iobinding(self._binding)
         except FAILURES as cause:
             raise EngineError(f"ONNX Runtime failed: {cause}") from cause
+        self.image_mass = mass
         return logits
 
     def reset(self, batch: int) -> None:
@@ -246,14 +252,17 @@ class InPlaceRequest(OnnxRequest):
         batch, length = call_shape(feeds)
         if batch == 1 or length == 1 or self._columns == 0 or not any(map(_grows, self._buffers)):
             return super()._call(feeds)
-        logits = []
+        logits, masses = [], []
         for row in range(batch):
             alone = slice(row, row + 1)
             for record in self._buffers:
                 self._bind(record, alone)
             logits.append(super()._call(_of_rows(feeds, alone)))
+            masses.append(self.image_mass)
         for record in self._buffers:
             self._bind(record)
+        found = [mass for mass in masses if mass is not None]
+        self.image_mass = np.concatenate(found) if found else None
         return np.concatenate(logits)
 
     def _bind(self, record: StateRecord, rows: slice = slice(None)) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from edgekit.bundle import Manifest
+from edgekit.bundle import IMAGE_MASS, Manifest
 from edgekit.errors import BundleError, EngineError
 from edgekit.runtime.engine import (
     Array,
@@ -97,6 +97,9 @@ class OpenVinoRequest:
         self._rows: Integers = np.arange(batch)
         self._settled = self._rows.astype(np.int32)
         self._pending = False
+        outputs = {name for port in request.model_outputs for name in port.get_names()}
+        self._watched = IMAGE_MASS in outputs
+        self.image_mass: Floats | None = None
 
     def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph; logits are copied out of the request's memory."""
@@ -106,6 +109,8 @@ class OpenVinoRequest:
             self._settle(len(self._rows))
         # A graph with recurrent layers pads time on the right; those positions are nobody's.
         logits: Floats = np.array(result["logits"][:, : call_shape(feeds)[1]])
+        if self._watched:
+            self.image_mass = np.array(result[IMAGE_MASS])
         return logits
 
     def embed(self, ids: Integers) -> Floats:

@@ -80,6 +80,7 @@ class Session:
         self._logits = logits
         self._block = block
         self._position = 0
+        self._mass: Floats | None = None
         self._tokens = np.zeros(batch, dtype=np.int64)
         self._behind = np.zeros_like(self._tokens)
         self._mask = None if manifest.constant_memory else _growing_mask(batch)
@@ -93,6 +94,15 @@ class Session:
     def position(self) -> int:
         """S: columns appended so far, padding included."""
         return self._position
+
+    @property
+    def image_mass(self) -> Floats | None:
+        """Share of its attention that each row's last token gave to pictures, fp32 `[B]`.
+
+        0 where a row has seen none; None where the bundle does not say, and before the first append
+        of a new or restored sequence.
+        """
+        return self._mass
 
     @property
     def state_bytes(self) -> int:
@@ -224,6 +234,8 @@ class Session:
         logits = self._request.infer(
             {n: np.ascontiguousarray(a) for n, a in feeds.items() if n in self._inputs}
         )
+        mass = self._request.image_mass
+        self._mass = None if mass is None else mass[:, 0]
         self._position = after
         self._tokens = self._tokens + valid.sum(axis=1)
         return logits
@@ -243,7 +255,7 @@ class Session:
         """Forget everything; the next append starts anew, with the model's adapters of now."""
         self._request.reset(self.batch)
         self._take_adapters()
-        self._position = 0
+        self._position, self._mass = 0, None
         self._tokens = np.zeros(self.batch, dtype=np.int64)
         self._behind = np.zeros_like(self._tokens)
 
@@ -270,6 +282,7 @@ class Session:
         else:
             self._request.reset(len(index))
         self._tokens, self._behind = self._tokens[index], self._behind[index]
+        self._mass = None if self._mass is None else self._mass[index]
         self._mask = None if self._mask is None else self._mask[index]
 
     def snapshot(self) -> Snapshot:
@@ -327,7 +340,7 @@ class Session:
             self._request.write_states(snapshot.states)
         else:
             self._request.reset(self.batch)
-        self._position = snapshot.position
+        self._position, self._mass = snapshot.position, None
         self._tokens, self._behind = snapshot.tokens.copy(), snapshot.behind.copy()
         if snapshot.mask is not None:
             self._mask = snapshot.mask.copy()

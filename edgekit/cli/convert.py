@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vision-language models: turn down heads that look least at the picture; a .toml of "
         "`edgekit spin calibrate`, or a published setting such as llava-1_5-7b-chair",
     )
+    model.add_argument(
+        "--spin-scores",
+        action="store_true",
+        help="vision-language models: let the bundle say with every token what share of their "
+        "attention heads spend on the picture; those of --spin, or all, turning none down",
+    )
     adapters = parser.add_argument_group("adapters")
     adapters.add_argument(
         "--adapter",
@@ -140,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
             untie=args.untie,
             adapter_slots=args.adapter_slots,
             spin=spin,
+            spin_scores=args.spin_scores,
             verify=not args.no_verify,
             force=args.force,
             progress=progress.step,

@@ -18,9 +18,10 @@ from edgekit.cli.arguments import (
 from edgekit.cli.output import as_json
 from edgekit.cli.sampling import add_sampling, settings
 from edgekit.config import dump
+from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgekit.runtime import GenerationStats, Model
+    from edgekit.runtime import GenerationStats, Model, ScoredPiece
     from edgekit.runtime.sampling import GenerationSettings
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-beams", type=positive, default=1, metavar="N", help="above 1: beam search"
     )
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="say how far the model looked at the pictures (bundles of convert --spin-scores)",
+    )
     parser.add_argument("--stats", action="store_true", help="print the speed to stderr")
     add_json(parser)
 
@@ -60,14 +66,24 @@ def run(args: argparse.Namespace) -> int:
     options = settings(args)
     options["num_beams"] = args.num_beams
     GenerationOptions.of(options)  # refuses a wrong flag before the model is loaded
+    if args.scores and args.num_beams > 1:
+        raise UsageError(f"--scores given with --num-beams {args.num_beams}; allowed: with 1")
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
     use_adapters(model, args.adapters)
     if not args.raw and model.tokenizer.has_chat_template:
         prompt = model.chat_prompt([{"role": "user", "content": prompt}], images=len(args.image))
-    text = _generate(model, prompt, args.image, options, silent=args.json)
+    pieces: list[ScoredPiece] = []
+    if args.scores:
+        pieces = _scored(model, prompt, args.image, options, silent=args.json)
+        text = "".join(piece.text for piece in pieces)
+    else:
+        text = _generate(model, prompt, args.image, options, silent=args.json)
     if args.json:
-        print(as_json(_result(model, prompt, text)))
+        found = _result(model, prompt, text)
+        print(as_json(found | _masses(pieces) if args.scores else found))
+    elif args.scores:
+        print(_mass_line(pieces), file=sys.stderr)
     if args.stats and model.last_stats is not None:
         print(stats_line(model, model.last_stats), file=sys.stderr)
     return 0
@@ -93,6 +109,40 @@ def _generate(
         pieces.append(piece)
     print()
     return "".join(pieces)
+
+
+def _scored(
+    model: "Model",
+    prompt: str,
+    images: list[Path],
+    options: "GenerationSettings",
+    *,
+    silent: bool,
+) -> "list[ScoredPiece]":
+    """The text in pieces, each also shown as it came unless `silent`."""
+    pieces = []
+    for piece in model.stream(prompt, images=images, with_scores=True, **options):
+        if not silent:
+            print(piece.text, end="", flush=True)
+        pieces.append(piece)
+    if not silent:
+        print()
+    return pieces
+
+
+def _masses(pieces: "list[ScoredPiece]") -> dict[str, object]:
+    return {
+        "pieces": [piece.text for piece in pieces],
+        "image_mass": [piece.image_mass for piece in pieces],
+    }
+
+
+def _mass_line(pieces: "list[ScoredPiece]") -> str:
+    """One line of how far the model looked at the pictures."""
+    found = [piece.image_mass for piece in pieces if piece.image_mass is not None]
+    if not found:
+        return "image mass: none, without a picture or without a word"
+    return f"image mass: {found[0]:.2f} at the first piece of text, {found[-1]:.2f} at the last"
 
 
 def _result(model: "Model", prompt: str, text: str) -> dict[str, object]:

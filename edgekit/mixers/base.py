@@ -84,6 +84,8 @@ class MixerContext:
         past_mask: the same for all tokens so far, `[B, S]`, S >= T; None when nothing is padded.
         image: which tokens of this step belong to an image, bool `[B, T]`; None: none.
         form: which of a recurrent mixer's equal forms to compute.
+        masses: where gated layers leave the shares of attention that their heads spend on images,
+            fp32 `[B, T, H]` each; None: nobody asks.
     """
 
     rotate: Rotation
@@ -92,6 +94,7 @@ class MixerContext:
     past_mask: torch.Tensor | None = None
     image: torch.Tensor | None = None
     form: Form = "chunked"
+    masses: list[torch.Tensor] | None = None
 
 
 class TokenMixer(nn.Module):
@@ -172,6 +175,10 @@ class TokenMixer(nn.Module):
         if looks is None:
             y, mass = y[..., :-1], y[..., -1]
             looks = mass, mass.sum(dim=-1) > SEEN
+            if context.masses is not None:
+                context.masses.append(mass.float())
+        if self.spin.inert(y.shape[2]):
+            return y.flatten(2)
         scores, sees = looks
         gate = gated_queries(sees, image_tokens(y, context), self.spin.queries)
         kept = self.spin.kept(y.shape[2])

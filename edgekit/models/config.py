@@ -141,7 +141,9 @@ class DecoderConfig:
             there, and not from an input of its own: for runtimes that know no such input.
         image_input: the OpenVINO graph's name of that input, for runtimes that know another one.
         spin: heads turned down by how far they look at the image; None, also where one is given
-            that changes nothing: all count alike.
+            that changes nothing and `spin_scores` does not ask for it: all count alike.
+        spin_scores: whether graphs answer how far the heads of `spin` look at the image, too; its
+            `suppress` may be 0 then.
     """
 
     family: str
@@ -178,6 +180,7 @@ class DecoderConfig:
     image_flag: bool = False
     image_input: Literal["spin_image_mask", "token_type_ids"] = "spin_image_mask"
     spin: SpinConfig | None = None
+    spin_scores: bool = False
 
     def __post_init__(self) -> None:
         """Fill the mixers in (softmax everywhere) and check that the sizes fit together."""
@@ -200,8 +203,10 @@ class DecoderConfig:
             raise UsageError("image_flag given for token ids; it is a channel of embeddings")
         if self.spin is not None:
             self._check_spin(self.spin)
-            if self.spin.inert(self.num_heads):
+            if self.spin.inert(self.num_heads) and not self.spin_scores:
                 object.__setattr__(self, "spin", None)
+        if self.spin_scores:
+            self._check_scores()
 
     def _check_windows(self) -> None:
         if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers):
@@ -228,6 +233,17 @@ class DecoderConfig:
             )
         if "lawcat" in chosen and not self.lawcat.normaliser:
             raise UsageError("SPIN reads the share of a LAWCAT head from its normaliser; keep it")
+
+    def _check_scores(self) -> None:
+        if self.spin is None:
+            raise UsageError(
+                "spin_scores given without spin; give one, whose suppress may be 0 heads"
+            )
+        if self.spin.score != "mass":
+            raise UsageError(
+                f"spin_scores given with the spin score {self.spin.score!r}, which is no share of "
+                "attention; score by 'mass'"
+            )
 
     @property
     def groups(self) -> int:

@@ -4,7 +4,8 @@ Module and tensor names are those of a Hugging Face Llama checkpoint. B batch, T
 width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -18,7 +19,14 @@ from edgekit.models.config import DecoderConfig, RopeConfig
 from edgekit.models.rope import apply_rope, rope_tables
 from edgekit.models.weights import MemoryStore, OverlayStore, WeightStore
 
-__all__ = ["Decoder", "DecoderLayer", "step_context", "streamed_logits", "with_fresh_mixers"]
+__all__ = [
+    "Decoder",
+    "DecoderLayer",
+    "image_mass",
+    "step_context",
+    "streamed_logits",
+    "with_fresh_mixers",
+]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": functional.silu,
@@ -155,6 +163,7 @@ class Decoder(nn.Module):
         positions: torch.Tensor | None = None,
         state: list[State] | None = None,
         form: Form = "chunked",
+        masses: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, list[State]]:
         """Logits of every position.
 
@@ -169,12 +178,20 @@ class Decoder(nn.Module):
                 since what follows an image does not go on from the count.
             state: what an earlier call returned.
             form: which form a recurrent mixer computes.
+            masses: a list to which each layer that SPIN gates by mass adds its heads' shares of the
+                image, fp32 `[B, T, H]`; `image_mass` is their mean. None: nobody asks.
 
         Returns:
             fp32 logits `[B, T, V]` and the state of each layer.
         """
         hidden, after = self.hidden(
-            given, mask=mask, image=image, positions=positions, state=state, form=form
+            given,
+            mask=mask,
+            image=image,
+            positions=positions,
+            state=state,
+            form=form,
+            masses=masses,
         )
         return self.lm_head(hidden).float(), after
 
@@ -187,17 +204,28 @@ class Decoder(nn.Module):
         positions: torch.Tensor | None = None,
         state: list[State] | None = None,
         form: Form = "chunked",
+        masses: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, list[State]]:
         """What the head reads, `[B, T, D]` after the last norm; arguments of `forward`."""
         time = given.shape[1]
         total = time + _position(state) if mask is None else mask.shape[1]
         context = step_context(self.config, time, total, mask, form, given.device, image, positions)
+        context = replace(context, masses=masses)
         x = given if given.is_floating_point() else self.model.embed_tokens(given)
         after = []
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, context, None if state is None else state[i])
             after.append({**layer_state, "position": torch.tensor(total)})
         return self.model.norm(x), after
+
+
+def image_mass(masses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The share of its attention that each position spends on images, `[B, T]`.
+
+    Args:
+        masses: what `Decoder.forward` left of each gated layer, `[B, T, H]`, one or more.
+    """
+    return torch.stack(tuple(masses)).mean(dim=(0, 3))
 
 
 def _position(state: list[State] | None) -> int:

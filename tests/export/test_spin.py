@@ -41,15 +41,18 @@ PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def model_of(
-    checkpoint: Path, layout: str, *, spun: bool = True, **options: Any
+    checkpoint: Path, layout: str, *, spun: bool = True, said: bool = False, **options: Any
 ) -> tuple[DecoderConfig, WeightStore, Decoder]:
-    """A decoder whose heads look at very different things; `options` change its SPIN."""
+    """A decoder whose heads look at very different things; `options` change its SPIN.
+
+    `said`: its graphs say how far they look.
+    """
     mixers, sharing, given = LAYOUTS[layout]
     spin = replace(given, **options) if spun else None
     config, weights, _ = scrambled_decoder(checkpoint, mixers, sharing)
     sharp = {n: 5 * weights.tensor(n) for n in weights if n.endswith("q_proj.weight")}
     weights = OverlayStore(MemoryStore(sharp), weights)
-    config = replace(config, spin=spin)
+    config = replace(config, spin=spin, spin_scores=said)
     return config, weights, Decoder.from_store(config, weights)
 
 
@@ -284,13 +287,17 @@ def test_only_chosen_layers_are_gated(
     assert np.abs(logits - reference(decoder, ids, image)[:, -1]).max() <= MAX_ABS
 
 
-@pytest.mark.parametrize("layout", ["softmax", "softmax-sums"])
-@pytest.mark.parametrize("queries", ["text", "last"])
+@pytest.mark.parametrize(
+    ("layout", "scores"),
+    [("softmax", False), ("softmax", True), ("softmax-sums", False)],
+    ids=["mass", "mass-said", "sums"],
+)
+@pytest.mark.parametrize("options", [{}, {"queries": "last"}, {"suppress": 0}], ids=str)
 def test_attention_stays_fused(
-    layout: str, queries: str, tiny_checkpoint: Callable[..., Path]
+    layout: str, scores: bool, options: dict[str, Any], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     """One node per layer in the compiled graph, and no softmax of ours."""
-    config, weights, _ = model_of(tiny_checkpoint("llama"), layout, queries=queries)
+    config, weights, _ = model_of(tiny_checkpoint("llama"), layout, said=scores, **options)
     runtime = OpenVino(config, weights).compiled.get_runtime_model()
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in runtime.get_ops()]
     assert sum("ScaledDotProductAttention" in kind for kind in kinds) == 3

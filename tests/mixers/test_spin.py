@@ -13,7 +13,7 @@ from edgekit.errors import UnsupportedError, UsageError
 from edgekit.kernels.head_gate.reference import gated_queries, head_factors
 from edgekit.mixers.base import State, TokenMixer
 from edgekit.models.config import DecoderConfig, LawcatConfig, LolcatsConfig
-from edgekit.models.decoder import Decoder, DecoderLayer, step_context
+from edgekit.models.decoder import Decoder, DecoderLayer, image_mass, step_context
 from edgekit.models.spin import SpinConfig
 from edgekit.spin import apply
 from edgekit.spin.scores import logit_score, visible_keys
@@ -121,6 +121,25 @@ def test_heads_are_turned_down_by_their_weights(
     seen = MASK.bool() if mask is not None else torch.ones_like(MASK).bool()
     assert_close("heads", expected[seen], actual[seen], ratio=RATIO)
     assert not torch.allclose(mixed(plain, x, image, mask)[seen], actual[seen], atol=1e-2)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("spin", [SPIN, SpinConfig(suppress=0)], ids=["spin", "watched"])
+@pytest.mark.parametrize(("image", "mask"), [(PICTURES, None), (PADDED, MASK)], ids=["", "padded"])
+@torch.no_grad()
+def test_masses_are_the_weights_of_images(
+    mixer: str, spin: SpinConfig, image: torch.Tensor, mask: torch.Tensor | None
+) -> None:
+    x, plain, watched = given(), built(mixer), built(mixer)
+    watched.spin, masses = spin, []
+    context = step_context(plain.config, TIME, TIME, mask, "chunked", None, image)  # type: ignore[arg-type]
+    heads, _ = watched.mix(x, replace(context, masses=masses))
+    expected = (weights(plain, x, mask) * image[:, None, None]).sum(dim=-1)
+    seen = MASK.bool() if mask is not None else torch.ones_like(MASK).bool()
+    assert_close("masses", expected[seen], masses[0][seen], ratio=RATIO)
+    assert_close("mean", expected.mean(dim=2)[seen], image_mass(masses)[seen], ratio=RATIO)
+    unchanged = torch.allclose(heads[seen], mixed(plain, x, image, mask)[seen], atol=1e-4)
+    assert unchanged == (spin.suppress == 0)
 
 
 @pytest.mark.parametrize("queries", ["text", "last"])

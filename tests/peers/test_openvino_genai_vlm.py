@@ -22,13 +22,21 @@ NEW_TOKENS = 12
 
 @pytest.fixture(
     scope="module",
-    params=["llava-gqa", "llava-gqa spin", "qwen2-vl", "qwen2-vl spin", "qwen2.5-vl", "gemma3"],
+    params=[
+        "llava-gqa",
+        "llava-gqa spin",
+        "llava-gqa scores",
+        "qwen2-vl",
+        "qwen2-vl spin",
+        "qwen2.5-vl",
+        "gemma3",
+    ],
 )
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
     family, _, spun = request.param.partition(" ")
     write_tiny_vlm(folder / "source", family)
-    spin = SpinConfig(suppress=1, alpha=0.0) if spun else None
+    spin = SpinConfig(suppress=1, alpha=0.0) if spun else None  # "scores": and the graph says them
     convert(
         folder / "source",
         folder / "bundle",
@@ -36,6 +44,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         formats=("openvino",),
         target="generic-x86",
         spin=spin,
+        spin_scores=spun == "scores",
         verify=False,
     )
     return folder / "bundle"
