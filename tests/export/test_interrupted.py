@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from edgekit.bundle import MANIFEST, PARTIAL, check_files, read_manifest
+from edgekit.bundle import MANIFEST, check_files, read_manifest
 from edgekit.cli.main import main
 from edgekit.errors import BundleError
 from edgekit.export.pipeline import convert
+from edgekit.staging import PARTIAL
 
 Edgekit = Callable[..., Any]
 Contents = Callable[[Path], dict[str, bytes]]
