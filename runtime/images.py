@@ -6,10 +6,11 @@ and how; on 8-bit pictures the numbers are the same.
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_PIXELS",
     "PROCESSOR",
+    "FromSettings",
     "ImageProcessor",
     "Picture",
     "normalised",
-    "parsed_settings",
     "read_image",
-    "read_settings",
 ]
 
 MOST_PIXELS = 100_000_000
@@ -35,7 +35,6 @@ PROCESSOR = "preprocessor_config.json"
 UNSUPPORTED = ("do_image_splitting", "do_pan_and_scan")
 Floats = npt.NDArray[np.float32]
 Picture: TypeAlias = "Path | str | bytes | Image"  # a file, its bytes, or a PIL image
-P = TypeVar("P")
 
 
 def read_image(source: Picture) -> "Image":
@@ -100,8 +99,53 @@ def _from_wide_grey(values: npt.NDArray[Any]) -> "Image":
     )
 
 
+class FromSettings(ABC):
+    """A processor that `preprocessor_config.json` describes."""
+
+    __slots__ = ()
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The processor of a model or bundle directory.
+
+        Raises:
+            BundleError: if its file is missing or damaged, or asks for steps that are not known.
+        """
+        file = directory / PROCESSOR
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as cause:
+            raise BundleError(f"{file}: missing; the model reads no pictures") from cause
+        except (OSError, ValueError) as cause:
+            raise BundleError(f"{file}: damaged ({cause})") from cause
+        return cls.of(settings, where=str(file))
+
+    @classmethod
+    def of(cls, settings: Any, *, where: str) -> Self:
+        """The processor that the contents of its file describe.
+
+        Args:
+            settings: a JSON object.
+            where: the file, named in errors.
+
+        Raises:
+            BundleError: if it is not such a processor's, or asks for steps that are not known.
+        """
+        try:
+            if not isinstance(settings, Mapping):
+                raise TypeError("no JSON object")
+            return cls._parsed(settings)
+        except (ValueError, TypeError, KeyError) as cause:
+            raise BundleError(f"{where}: damaged, or not an image processor's ({cause})") from cause
+
+    @classmethod
+    @abstractmethod
+    def _parsed(cls, given: Mapping[str, Any]) -> Self:
+        """From settings; a ValueError, TypeError or KeyError says what is wrong with them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageProcessor:
+class ImageProcessor(FromSettings):
     """The steps from a picture to pixels; None leaves one out.
 
     Attributes:
@@ -121,29 +165,7 @@ class ImageProcessor:
     std: tuple[float, ...] | None
 
     @classmethod
-    def read(cls, directory: Path) -> "ImageProcessor":
-        """The processor of a model or bundle directory.
-
-        Raises:
-            BundleError: if its file is missing or damaged, or asks for steps that are not known.
-        """
-        return cls.of(read_settings(directory), where=str(directory / PROCESSOR))
-
-    @classmethod
-    def of(cls, settings: Any, *, where: str) -> "ImageProcessor":
-        """The processor that the contents of its file describe.
-
-        Args:
-            settings: a JSON object.
-            where: the file, named in errors.
-
-        Raises:
-            BundleError: if it is no image processor's, or asks for steps that are not known.
-        """
-        return parsed_settings(settings, cls._parsed, where)
-
-    @classmethod
-    def _parsed(cls, given: Mapping[str, Any]) -> "ImageProcessor":
+    def _parsed(cls, given: Mapping[str, Any]) -> Self:
         asked = [name for name in UNSUPPORTED if given.get(name)]
         if asked:
             raise ValueError(f"{asked[0]} is not supported")
@@ -192,36 +214,6 @@ class ImageProcessor:
         short, long = sorted((height, width))
         longer = int(self.size * long / short)
         return (self.size, longer) if height <= width else (longer, self.size)
-
-
-def read_settings(directory: Path) -> Any:
-    """The image processor's file of a model or bundle directory.
-
-    Raises:
-        BundleError: if it is missing or no JSON.
-    """
-    file = directory / PROCESSOR
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as cause:
-        raise BundleError(f"{file}: missing; the model reads no pictures") from cause
-    except (OSError, ValueError) as cause:
-        raise BundleError(f"{file}: damaged ({cause})") from cause
-
-
-def parsed_settings(settings: Any, parse: Callable[[Mapping[str, Any]], P], where: str) -> P:
-    """What `parse` makes of an image processor's settings, which are those of `where`.
-
-    Raises:
-        BundleError: if they are no JSON object, or `parse` raises a ValueError, TypeError or
-            KeyError.
-    """
-    try:
-        if not isinstance(settings, Mapping):
-            raise TypeError("no JSON object")
-        return parse(settings)
-    except (ValueError, TypeError, KeyError) as cause:
-        raise BundleError(f"{where}: damaged, or not an image processor's ({cause})") from cause
 
 
 def normalised(

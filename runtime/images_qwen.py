@@ -13,18 +13,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import BundleError, UsageError
 from edgekit.runtime.images import (
-    PROCESSOR,
     Floats,
+    FromSettings,
     normalised,
-    parsed_settings,
-    read_settings,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ def fitted_size(height: int, width: int, factor: int, least: int, most: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PatchProcessor:
+class PatchProcessor(FromSettings):
     """The steps from a picture to patches; None leaves one out.
 
     Attributes:
@@ -87,29 +85,7 @@ class PatchProcessor:
     merge: int
 
     @classmethod
-    def read(cls, directory: Path) -> "PatchProcessor":
-        """The processor of a model or bundle directory.
-
-        Raises:
-            BundleError: if its file is missing or damaged.
-        """
-        return cls.of(read_settings(directory), where=str(directory / PROCESSOR))
-
-    @classmethod
-    def of(cls, settings: Any, *, where: str) -> "PatchProcessor":
-        """The processor that the contents of its file describe.
-
-        Args:
-            settings: a JSON object.
-            where: the file, named in errors.
-
-        Raises:
-            BundleError: if it is not such a processor's.
-        """
-        return parsed_settings(settings, cls._parsed, where)
-
-    @classmethod
-    def _parsed(cls, given: Mapping[str, Any]) -> "PatchProcessor":
+    def _parsed(cls, given: Mapping[str, Any]) -> Self:
         normalise = given.get("do_normalize", True)
         return cls(
             pixels=_pixel_range(given) if given.get("do_resize", True) else None,

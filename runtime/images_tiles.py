@@ -10,8 +10,7 @@ S is a tile's side in pixels; all tiles and small copies are squares of it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,9 @@ import numpy.typing as npt
 from edgekit.errors import UsageError
 from edgekit.runtime.images import (
     MOST_PIXELS,
-    PROCESSOR,
     Floats,
+    FromSettings,
     normalised,
-    parsed_settings,
-    read_settings,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +51,7 @@ def _upwards(side: int, step: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TileProcessor:
+class TileProcessor(FromSettings):
     """The steps from a picture to squares; None leaves one out.
 
     Attributes:
@@ -76,29 +73,7 @@ class TileProcessor:
     std: tuple[float, ...] | None
 
     @classmethod
-    def read(cls, directory: Path) -> "TileProcessor":
-        """The processor of a model or bundle directory.
-
-        Raises:
-            BundleError: if its file is missing or damaged.
-        """
-        return cls.of(read_settings(directory), where=str(directory / PROCESSOR))
-
-    @classmethod
-    def of(cls, settings: Any, *, where: str) -> "TileProcessor":
-        """The processor that the contents of its file describe.
-
-        Args:
-            settings: a JSON object.
-            where: the file, named in errors.
-
-        Raises:
-            BundleError: if it is not such a processor's.
-        """
-        return parsed_settings(settings, cls._parsed, where)
-
-    @classmethod
-    def _parsed(cls, given: Mapping[str, Any]) -> "TileProcessor":
+    def _parsed(cls, given: Mapping[str, Any]) -> Self:
         normalise = given.get("do_normalize", True)
         return cls(
             size=_size(given["size"]) if given.get("do_resize", True) else None,

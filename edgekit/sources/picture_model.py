@@ -18,7 +18,7 @@ from edgekit.sources.base import Source
 from edgekit.sources.quiet import quiet_transformers
 from edgekit.sources.vlm import PATCHED, VISION_FAMILIES, vision_facts
 
-__all__ = ["PictureModel", "open_picture_model", "whole_model"]
+__all__ = ["PictureModel", "around", "open_picture_model", "whole_model"]
 
 # What the argument is called that is 1 on image tokens, where a model needs it.
 IMAGE_TYPES = {
@@ -101,7 +101,21 @@ def open_picture_model(source: Source) -> PictureModel:
             f"{source.name} reads no pictures; give a vision-language model of the families "
             f"{', '.join(VISION_FAMILIES)}"
         )
-    model = whole_model(source)
+    return around(source, whole_model(source))
+
+
+def around(source: Source, model: Any) -> PictureModel:
+    """A model of transformers with what makes its inputs.
+
+    Args:
+        source: says how pictures and prompts are read; its tensors are not.
+        model: for inference.
+
+    Raises:
+        SourceError: if there is no tokenizer, or it lacks the image token.
+        BundleError: if the image processor has steps that are not known.
+    """
+    assert source.vision is not None
     tokens = None if source.vision.family in PATCHED else _tokens(model)
     facts = vision_facts(source.vision, source.directory, tokens)
     eye = _eye(facts, source.vision.processor, model, str(source.directory))

@@ -13,14 +13,12 @@ from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalG
 
 from edgekit.data.stamp_scenes import SIDE
 from edgekit.errors import UsageError
-from edgekit.runtime.images import PROCESSOR, ImageProcessor
+from edgekit.runtime.images import PROCESSOR
 from edgekit.runtime.text import Tokenizer
-from edgekit.runtime.vision import Vision, WholeEye
 from edgekit.sources import Source
 from edgekit.sources.base import VisionSource
-from edgekit.sources.picture_model import PictureModel
+from edgekit.sources.picture_model import PictureModel, around
 from edgekit.sources.quiet import quiet_transformers
-from edgekit.sources.vlm import vision_facts
 
 __all__ = ["IMAGE_TOKEN", "TOKENS", "assemble", "prompt_ids", "trained", "write_model"]
 
@@ -71,16 +69,7 @@ def assemble(text: Source, seed: int) -> PictureModel:
             f"{text.name} has no token {IMAGE_TOKEN}; give a model of SmolLM2's family"
         )
     vision = VisionSource(family="llava", image_token_id=image[0], processor=dict(PROCESSING))
-    facts = vision_facts(vision, text.directory, TOKENS)
-    eye = WholeEye(ImageProcessor.of(PROCESSING, where=PROCESSOR), TOKENS)
-    source = replace(text, vision=vision)
-    return PictureModel(
-        source, _llava(text, image[0], seed), tokenizer, Vision(eye, facts, _refused)
-    )
-
-
-def _refused(_: Any) -> Any:
-    raise TypeError("the whole model looks at pictures by itself")
+    return around(replace(text, vision=vision), _llava(text, image[0], seed))
 
 
 def _llava(text: Source, image: int, seed: int) -> Any:
