@@ -1,15 +1,16 @@
 """What edgekit's commands share, `python -m edgekit.…` and the verbs of the command line."""
 
 import argparse
+import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edgekit.errors import EdgekitError
 
-__all__ = ["Told", "guarded", "module_parser", "numbers", "setting", "whole"]
+__all__ = ["Told", "floats", "guarded", "module_parser", "numbers", "parsed", "setting", "whole"]
 
 SECONDS = 10.0  # between two lines
 
@@ -59,6 +60,19 @@ def module_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def parsed(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, str]:
+    """The arguments of a `module_parser`, and the command as it can be typed again.
+
+    Args:
+        parser: of the module.
+        argv: the arguments after the program's name; None: those of this process.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    return parser.parse_args(given), shlex.join([*parser.prog.split(), *given])
+
+
 def setting(text: str) -> tuple[str, Any]:
     """`KEY=VALUE`, the value as TOML writes it; a bare word is a string.
 
@@ -86,6 +100,22 @@ def numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r} given; allowed: whole numbers separated by commas, such as 0,1024"
         ) from None
+
+
+def floats(text: str, allowed: str) -> tuple[float, ...]:
+    """Numbers separated by commas.
+
+    Args:
+        text: what was given.
+        allowed: said in the error, with an example.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} given; allowed: {allowed}") from None
 
 
 def whole(text: str) -> int:

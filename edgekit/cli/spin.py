@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from edgekit.cli.arguments import add_json, natural, positive
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table
-from edgekit.command import numbers
+from edgekit.command import floats, numbers
 from edgekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -202,12 +202,7 @@ def _presets(args: argparse.Namespace) -> str:
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} given; allowed: numbers, such as 0,0.08"
-        ) from None
+    return floats(text, "numbers, such as 0,0.08")
 
 
 def _span(text: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from edgekit.cli.arguments import add_json, positive
 from edgekit.cli.extras import extra
 from edgekit.cli.output import as_json, as_table, size
-from edgekit.command import setting
+from edgekit.command import floats, setting
 
 if TYPE_CHECKING:
     from edgekit.adapters.tune.manifest import TuneManifest
@@ -100,12 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} given; allowed: rates separated by commas, such as 1e-3,2e-3,5e-3"
-        ) from None
+    return floats(text, "rates separated by commas, such as 1e-3,2e-3,5e-3")
 
 
 def _table(report: "TuneReport") -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from edgekit.data.odds import Odds
 from edgekit.errors import UsageError
 
 __all__ = [
@@ -39,21 +40,6 @@ JITTER = 4  # pixels from the middle of a cell
 NOISE = 10.0  # the most, of 255
 MOST = 6  # objects of a scene
 Themes = Mapping[str, Sequence[str]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Odds:
-    """How scenes are drawn.
-
-    Attributes:
-        theme: probability of each object of the scene's theme.
-        other: of each other object.
-        undrawn: that an object is mentioned without being drawn.
-    """
-
-    theme: float
-    other: float
-    undrawn: float
 
 
 LIKELY = Odds(theme=0.5, other=0.02, undrawn=0.4)  # what a model learns from

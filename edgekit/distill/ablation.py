@@ -12,7 +12,6 @@ All variants learn stage 1 at once, from one pass of the teacher per batch. It w
 import argparse
 import json
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgekit.command import Told, guarded, module_parser, numbers, setting
+from edgekit.command import Told, guarded, module_parser, numbers, parsed, setting
 from edgekit.config import dump
 from edgekit.distill import checkpoint
 from edgekit.distill.ablation_plot import draw_ablation
@@ -124,9 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, otherwise the exit code of the error, which is one line on stderr.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
-    command = shlex.join(["python", "-m", "edgekit.distill.ablation", *given])
+    args, command = parsed(_parser(), argv)
     return guarded("ablation", lambda: _done(args, command))
 
 

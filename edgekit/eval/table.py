@@ -11,12 +11,11 @@ again goes on from there.
 import argparse
 import json
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit.command import Told, guarded, module_parser, numbers
+from edgekit.command import Told, guarded, module_parser, numbers, parsed
 from edgekit.config import dump
 from edgekit.data.needles import KINDS
 from edgekit.errors import UsageError
@@ -41,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, otherwise the exit code of the error, which is one line on stderr.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
-    command = shlex.join(["python", "-m", "edgekit.eval.table", *given])
+    args, command = parsed(_parser(), argv)
     return guarded("table", lambda: _made(args, command).rstrip("\n"))
 
 

@@ -11,7 +11,6 @@ A bundle is given as NAME=DIR, or as NAME=DIR+ADAPTER to load an adapter into it
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from edgekit.adapters.tune.scoring import (
     read_examples,
     score,
 )
-from edgekit.command import Told, guarded, module_parser
+from edgekit.command import Told, guarded, module_parser, parsed
 from edgekit.config import dump
 from edgekit.data.tuning_tasks import LABELS, TASKS, Example
 from edgekit.errors import UsageError
@@ -178,9 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, otherwise the exit code of the error, which is one line on stderr.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
-    command = shlex.join(["python", "-m", "edgekit.adapters.tune.deployed", *given])
+    args, command = parsed(_parser(), argv)
     return guarded("deployed", lambda: _made(args, command))
 
 

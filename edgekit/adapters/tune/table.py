@@ -10,7 +10,6 @@ table.png. What is done stays done: the same command goes on where it was.
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from edgekit.adapters.tune.benchmark import RATES, Benchmark, measure
 from edgekit.adapters.tune.model import open_base
 from edgekit.adapters.tune.recipe import METHODS
 from edgekit.adapters.tune.report import as_markdown, draw_table, rows_of
-from edgekit.command import Told, guarded, module_parser, numbers, setting
+from edgekit.command import Told, guarded, module_parser, numbers, parsed, setting
 from edgekit.config import dump
 from edgekit.data.tuning_tasks import TASKS, build_tasks
 from edgekit.models.precision import choose_precision
@@ -36,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, otherwise the exit code of the error, which is one line on stderr.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
-    command = shlex.join(["python", "-m", "edgekit.adapters.tune.table", *given])
+    args, command = parsed(_parser(), argv)
     return guarded("table", lambda: _made(args, command).rstrip("\n"))
 
 

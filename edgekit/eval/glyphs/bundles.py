@@ -10,13 +10,12 @@ and on both engines. It writes `seed-N/METHOD`, a bundle each, `bundles.md` and 
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekit.command import Told, guarded, module_parser, numbers
+from edgekit.command import Told, guarded, module_parser, numbers, parsed
 from edgekit.config import dump, load
 from edgekit.errors import UsageError
 from edgekit.eval.glyphs.checkpoint import completed
@@ -50,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, otherwise the exit code of the error, which is one line on stderr.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(given)
-    command = shlex.join(["python", "-m", "edgekit.eval.glyphs.bundles", *given])
+    args, command = parsed(_parser(), argv)
     return guarded("bundles", lambda: _made(args, command))
 
 

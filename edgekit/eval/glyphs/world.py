@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.data.odds import Odds
+
 __all__ = [
     "AND",
     "BOS",
@@ -42,21 +44,6 @@ MOST = 8  # objects of a scene
 CAPTION = 2 + MOST + (MOST - 1) + 1  # tokens
 NOISE, CONTRAST, GLYPH_SEED = 0.15, 2.0, 123
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Odds:
-    """How scenes are drawn.
-
-    Attributes:
-        theme: probability of each object of the scene's theme.
-        other: of each other object.
-        undrawn: that an object is mentioned without being drawn.
-    """
-
-    theme: float
-    other: float
-    undrawn: float
 
 
 LIKELY = Odds(theme=0.75, other=0.04, undrawn=0.4)  # what a model learns from
