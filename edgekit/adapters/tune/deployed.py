@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from edgekit.adapters.tune.model import load_tuned, open_base
 from edgekit.adapters.tune.scoring import (
@@ -116,11 +117,15 @@ def bundle_scores(task: str, model: Model, examples: Sequence[Example]) -> Score
 
 
 def _chosen(model: Model, prompt: str) -> str:
-    """The label of larger log-probability."""
+    """The label of larger log-probability; what is the same but for its last token is read once."""
+    read: dict[bytes, npt.NDArray[np.float32]] = {}
     scores = []
     for label in LABELS:
         ids, border = labelled(model.tokenizer, prompt, label)
-        logits = model.session().append(ids[:-1])[0, border - 1 :].astype(np.float64)
+        key = ids[:-1].tobytes()
+        if key not in read:
+            read[key] = model.session().append(ids[:-1])[0]
+        logits = read[key][border - 1 :].astype(np.float64)
         top = logits.max(axis=-1, keepdims=True)
         log = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
         scores.append(float(log[np.arange(len(log)), ids[border:]].sum()))

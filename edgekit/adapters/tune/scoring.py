@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 BATCH = 32
 NEW_TOKENS = 64  # the longest sentence to restore has 16 words
 
@@ -166,10 +167,9 @@ def first_line(text: str) -> str:
 def _likeliest(model: Tuned, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[str]:
     """The label of larger log-probability for each prompt."""
     scores = np.empty((len(prompts), len(LABELS)))
-    for label, text in enumerate(LABELS):
-        rows = [labelled(tokenizer, prompt, text) for prompt in prompts]
-        for batch in _batches([len(ids) for ids, _ in rows]):
-            scores[batch, label] = _log_likelihoods(model, [rows[i] for i in batch])
+    rows = [[labelled(tokenizer, prompt, text) for text in LABELS] for prompt in prompts]
+    for batch in _batches([len(labels[0][0]) for labels in rows]):
+        scores[batch] = _log_likelihoods(model, [rows[i] for i in batch])
     return [LABELS[i].strip() for i in scores.argmax(axis=1)]
 
 
@@ -181,24 +181,29 @@ def labelled(tokenizer: Tokenizer, prompt: str, label: str) -> tuple[Integers, i
 
 
 @torch.inference_mode()
-def _log_likelihoods(model: Tuned, rows: Sequence[tuple[Integers, int]]) -> Integers:
-    """Summed log-probability of what stands from each row's border on, `[rows]`."""
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros((len(rows), width), dtype=torch.long)
+def _log_likelihoods(model: Tuned, rows: Sequence[Sequence[tuple[Integers, int]]]) -> Floats:
+    """Summed log-probability of what stands from the border on, `[prompts, labels]`.
+
+    What is the same but for its last token is read once.
+    """
+    read = list(dict.fromkeys(tuple(ids[:-1]) for labels in rows for ids, _ in labels))
+    place = {ids: row for row, ids in enumerate(read)}
+    width = max(map(len, read))
+    ids = torch.zeros((len(read), width), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    learnt = torch.zeros((len(rows), width - 1), dtype=torch.bool)
-    for row, (found, border) in enumerate(rows):
-        ids[row, : len(found)], mask[row, : len(found)] = torch.from_numpy(found), 1
-        learnt[row, max(border, 1) - 1 : len(found) - 1] = True
-    ids, mask, learnt = (tensor.to(model.device) for tensor in (ids, mask, learnt))
+    for row, read_ids in enumerate(read):
+        ids[row, : len(read_ids)] = torch.tensor(read_ids)
+        mask[row, : len(read_ids)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    flat = [(whole, max(border, 1)) for labels in rows for whole, border in labels]
     with model.autocast():
-        hidden, _ = model.decoder.hidden(ids[:, :-1], mask=mask[:, :-1])
-        logits = model.decoder.lm_head(hidden[learnt]).float()
-    chosen = ids[:, 1:][learnt]
-    found_log = logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
-    sums = torch.zeros(len(rows), device=model.device)
-    sums.index_add_(0, learnt.nonzero()[:, 0], found_log)
-    return sums.cpu().numpy()
+        hidden, _ = model.decoder.hidden(ids, mask=mask)
+        learnt = [hidden[place[tuple(w[:-1])], border - 1 : len(w) - 1] for w, border in flat]
+        logits = model.decoder.lm_head(torch.cat(learnt)).float()
+    wanted = torch.from_numpy(np.concatenate([whole[border:] for whole, border in flat]))
+    found = logits.log_softmax(dim=-1).gather(1, wanted.to(model.device)[:, None])[:, 0]
+    sums = [float(part.sum()) for part in found.cpu().split([len(part) for part in learnt])]
+    return np.reshape(sums, (len(rows), -1))
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
