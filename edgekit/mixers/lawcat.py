@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgekit.kernels.conv.reference import causal_conv, feature_map
+from edgekit.kernels.conv_feature.reference import causal_conv, feature_map
 from edgekit.kernels.gla.chunked import chunked_gla
 from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
 from edgekit.kernels.precision import full_precision, widened

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgekit.kernels.conv.reference import positive_features
+from edgekit.kernels.conv_feature.reference import positive_features
 from edgekit.kernels.precision import full_precision, widened
 from edgekit.kernels.window.reference import chunked_window, parallel_window, recurrent_window
 from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from edgekit.kernels.conv.reference import causal_conv
-from edgekit.kernels.conv.shifted import shifted_sum
+from edgekit.kernels.conv_feature.reference import causal_conv
+from edgekit.kernels.conv_feature.shifted import shifted_sum
 from edgekit.testing import TOLERANCE, assert_close
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edgekit.errors import UsageError
-from edgekit.kernels.conv.reference import causal_conv
+from edgekit.kernels.conv_feature.reference import causal_conv
 from edgekit.mixers.base import TokenMixer, mixer_names, mixer_type
 from edgekit.models.config import DecoderConfig, LawcatConfig
 from edgekit.models.decoder import Decoder, with_fresh_mixers

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from edgekit.kernels.conv.reference import feature_map
+from edgekit.kernels.conv_feature.reference import feature_map
 from edgekit.kernels.gla import chunked, reference
 from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
 from edgekit.mixers.base import MixerContext, State

@@ -8,7 +8,7 @@ w[:, K-1] multiplies the current token; phi works per head, its softmax over the
 
 import torch
 
-from edgekit.kernels.conv.shifted import shifted_sum
+from edgekit.kernels.conv_feature.shifted import shifted_sum
 from edgekit.kernels.precision import widened
 
 __all__ = ["causal_conv", "feature_map", "positive_features"]

@@ -1,0 +1,1 @@
+"""Attention that also says how much of it each head gives to the image."""
