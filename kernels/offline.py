@@ -43,6 +43,7 @@ class Build:
         constants: the others.
         warps: per program.
         stages: of its software pipeline.
+        architectures: that it is shipped for.
         tensor_cores: whether it multiplies matrices.
     """
 
@@ -52,6 +53,7 @@ class Build:
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
+    architectures: tuple[int, ...] = ARCHITECTURES
     tensor_cores: bool = True
 
 
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _made() -> str:
     rows = []
     for build in shipped():
-        for architecture in ARCHITECTURES:
+        for architecture in build.architectures:
             used = compile_offline(build, architecture)
             products = used.warp_group_products or used.warp_products
             cells = (used.registers, used.stack, used.shared, products)

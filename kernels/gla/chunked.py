@@ -27,12 +27,12 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from edgekit.kernels.gla.reference import Output, over_sequences
 from edgekit.kernels.precision import full_precision, widened
 
 __all__ = ["chunked_gla"]
 
 CHUNK = 64
-Output = tuple[torch.Tensor, torch.Tensor]
 
 
 def chunked_gla(
@@ -44,10 +44,16 @@ def chunked_gla(
     *,
     eps: float = 1e-6,
     normalise: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Output:
     """The same function as `reference.chunked_gla`, in fp32 (fp64 for fp64) whatever comes in."""
+    if cu_seqlens is not None:
+        return over_sequences(
+            chunked_gla, q, k, v, g, state, cu_seqlens, eps, normalise, chunk=chunk
+        )
     q, k, v, g = (widened(x) for x in (q, k, v, g))
+    g = g.expand(k.shape)
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3] + 1)
     length = min(chunk, q.shape[1])

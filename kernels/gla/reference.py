@@ -15,14 +15,30 @@ the last column is then carried but not read, so that the state keeps its layout
 non-negative (a feature map's output) and g must lie in [-2.5, 0] for `chunked_gla`, whose
 mid-chunk anchor keeps every factor below e^80; `recurrent_gla` and `parallel_gla` take any g <= 0.
 For chunk rows t >= s and anchor row m, exp(b_t - b_s) = exp(b_t - b_m) exp(b_m - b_s).
+
+With `cu_seqlens [N + 1]` the one row of the batch holds N sequences, and there is a state for each.
 """
+
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-__all__ = ["chunked_gla", "parallel_gla", "recurrent_gla"]
+from edgekit.kernels.sequences import sequence_offsets
+
+__all__ = [
+    "GATE_BOUND",
+    "Output",
+    "chunked_gla",
+    "over_sequences",
+    "parallel_gla",
+    "recurrent_gla",
+]
 
 Output = tuple[torch.Tensor, torch.Tensor]
+GATE_BOUND = 2.5  # of a log decay: 32 rows from a chunk's middle to its end make e^80
 
 
 def recurrent_gla(
@@ -34,6 +50,7 @@ def recurrent_gla(
     *,
     eps: float = 1e-6,
     normalise: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> Output:
     """One token after another: the definition, and the decode step.
 
@@ -41,14 +58,23 @@ def recurrent_gla(
         q: features of the queries, `[B, T, H, F]`.
         k: features of the keys, `[B, T, S, F]`; 0 on padding.
         v: values `[B, T, S, V]`.
-        g: log decay `[B, T, S, F]`, <= 0; 0 on padding.
-        state: `[B, S, F, V + 1]` entering the first token, or None for zeros.
+        g: log decay `[B, T, S, F]`, or `[B, T, S, 1]` for one that all features share; <= 0; 0 on
+            padding.
+        state: `[N, S, F, V + 1]` entering the first token, or None for zeros; N is B or the number
+            of packed sequences.
         eps: added to the denominator.
         normalise: divide by the denominator; False scales by F^-1/2.
+        cu_seqlens: where packed sequences begin, and the end of the last: integers `[N + 1]`; B
+            must be 1. None: every row is a sequence.
 
     Returns:
-        The output `[B, T, H, V]` and the state `[B, S, F, V + 1]` after the last token.
+        The output `[B, T, H, V]` and the state `[N, S, F, V + 1]` after the last token.
+
+    Raises:
+        UsageError: if `cu_seqlens` does not fit the batch.
     """
+    if cu_seqlens is not None:
+        return over_sequences(recurrent_gla, q, k, v, g, state, cu_seqlens, eps, normalise)
     values = functional.pad(v, (0, 1), value=1.0)
     running = _zeros(k, values) if state is None else state
     outputs = []
@@ -68,8 +94,12 @@ def parallel_gla(
     *,
     eps: float = 1e-6,
     normalise: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> Output:
     """All pairs at once, quadratic in T, without anchors; arguments of `recurrent_gla`."""
+    if cu_seqlens is not None:
+        return over_sequences(parallel_gla, q, k, v, g, state, cu_seqlens, eps, normalise)
+    g = g.expand(k.shape)
     values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)  # [B, S, T, V+1]
     b = g.cumsum(dim=1).transpose(1, 2)  # [B, S, T, F]
     keys = k.transpose(1, 2)
@@ -96,9 +126,14 @@ def chunked_gla(
     *,
     eps: float = 1e-6,
     normalise: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
     chunk: int = 64,
 ) -> Output:
     """Chunks of at most 64 tokens in turn: linear in T, all matrix products."""
+    if cu_seqlens is not None:
+        return over_sequences(
+            chunked_gla, q, k, v, g, state, cu_seqlens, eps, normalise, chunk=chunk
+        )
     values = functional.pad(v, (0, 1), value=1.0).transpose(1, 2)
     keys, gates, queries = k.transpose(1, 2), g.transpose(1, 2), _grouped(q, k.shape[2])
     running = _zeros(k, values) if state is None else state
@@ -110,6 +145,34 @@ def chunked_gla(
         )
         pieces.append(piece)
     return _finished(torch.cat(pieces, dim=3), q, eps, normalise), running
+
+
+def over_sequences(
+    form: Callable[..., Output],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    eps: float,
+    normalise: bool,
+    **options: Any,
+) -> Output:
+    """`form` on one packed sequence after another."""
+    offsets = sequence_offsets(q, cu_seqlens).tolist()
+    outputs, states = [], []
+    for n, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        entering = None if state is None else state[n : n + 1]
+        if begin == end:  # nothing to read
+            empty = k.new_zeros(1, k.shape[2], k.shape[3], v.shape[3] + 1)
+            states.append(empty if entering is None else entering)
+            continue
+        piece = (x[:, begin:end] for x in (q, k, v, g))
+        output, after = form(*piece, entering, eps=eps, normalise=normalise, **options)
+        outputs.append(output)
+        states.append(after)
+    return torch.cat(outputs, dim=1), torch.cat(states)
 
 
 def _one_chunk(

@@ -1,0 +1,175 @@
+"""The settings of gated linear attention's Triton programs, and how one is run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from edgekit.kernels.dispatch import interpreted
+from edgekit.kernels.gla import programs_backward, programs_forward
+from edgekit.kernels.gla.reference import GATE_BOUND
+
+__all__ = [
+    "CHUNK",
+    "FEWEST",
+    "SETTINGS",
+    "SMALL_CHUNK",
+    "WIDEST",
+    "Plan",
+    "Setting",
+    "block_of",
+    "blocks_of",
+    "program_of",
+]
+
+CHUNK, SMALL_CHUNK = 64, 32  # tokens: from sm_90 on, and before, where 64 find too few registers
+FEWEST = 16  # rows of a matrix product; fewer tokens are read one after another
+WIDEST = 128  # features and values
+# Warps, pipeline stages, block of features and of values of each program, by the wider of the two.
+# None keeps a register in memory: `python -m edgekit.kernels.offline` prints what they use.
+Setting = tuple[int, int, int, int]
+SETTINGS: Mapping[int, Mapping[str, Setting]] = {
+    64: {
+        "forward_states": (4, 2, 64, 64),
+        "forward_outputs": (4, 2, 64, 64),
+        "forward_whole": (8, 2, 64, 64),
+        "forward_steps": (4, 1, 64, 64),
+        "backward_states": (8, 2, 64, 64),
+        "backward_queries": (8, 1, 64, 64),
+        "backward_keys": (8, 1, 64, 64),
+        "backward_values": (4, 1, 64, 64),
+    },
+    128: {
+        "forward_states": (8, 2, 128, 32),
+        "forward_outputs": (8, 2, 128, 64),
+        "forward_whole": (8, 1, 128, 32),
+        "forward_steps": (4, 1, 128, 64),
+        "backward_states": (8, 2, 128, 32),
+        "backward_queries": (8, 1, 128, 128),
+        "backward_keys": (8, 1, 64, 128),
+        "backward_values": (8, 1, 128, 64),
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Everything about a call but the tensors."""
+
+    time: int
+    heads: int
+    states: int
+    features: int
+    values: int
+    gates: int
+    chunk: int
+    eps: float | None
+    given: bool
+    operand: torch.dtype
+    precision: str
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g: torch.Tensor,
+        chunk: int,
+        eps: float | None,
+        given: bool,
+    ) -> "Plan":
+        """The plan of a call; `eps` is None without a denominator, `given` whether a state enters."""
+        narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
+        exact = torch.get_float32_matmul_precision() == "highest"
+        return cls(
+            time=q.shape[1],
+            heads=q.shape[2],
+            states=k.shape[2],
+            features=k.shape[3],
+            values=v.shape[3],
+            gates=g.shape[3],
+            chunk=chunk,
+            eps=eps,
+            given=given,
+            # The interpreter does not know bf16, and fp16 has too few exponents for the anchor.
+            operand=torch.bfloat16 if narrow and not interpreted() else torch.float32,
+            precision="ieee" if exact else "tf32",
+        )
+
+    def setting(self, program: str) -> Setting:
+        """Warps, stages, blocks of features and values."""
+        wide = 64 if max(self.features, self.values) <= 64 else WIDEST
+        warps, stages, features, values = SETTINGS[wide][program]
+        if self.gates == 1:  # its gradient is a sum over all features
+            features = WIDEST
+        return (
+            warps,
+            stages,
+            min(features, block_of(self.features)),
+            min(values, block_of(self.values)),
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of values that the states' gradients are split into."""
+        return blocks_of(self.values, self.setting("backward_states")[3])
+
+    @property
+    def values_with_keys(self) -> bool:
+        """Whether `backward_keys` has all features at hand, which the gradients of v need."""
+        return max(self.features, self.values) <= 64
+
+    def constants(self, program: str, *, with_values: bool = False) -> dict[str, Any]:
+        """The program's compile-time arguments."""
+        _, _, features, values = self.setting(program)
+        known = {
+            "S": self.states,
+            "G": self.heads // self.states,
+            "F": self.features,
+            "V": self.values,
+            "GATES": self.gates,
+            "C": self.chunk,
+            "BF": features,
+            "BV": values,
+            "BG": 1 if self.gates == 1 else features,
+            "BOUND": GATE_BOUND,
+            "BLOCKS": self.blocks,
+            "WITH_VALUES": with_values,
+            "NORMALISE": self.eps is not None,
+            "SCALE": self.features**-0.5,
+            "GIVEN": self.given,
+            "OP": tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32,
+            "DOT": self.precision,
+        }
+        wanted = program_of(program).arg_names
+        return {name: value for name, value in known.items() if name in wanted}
+
+    def launch(
+        self, program: str, grid: tuple[int, ...], *arguments: Any, with_values: bool = False
+    ) -> None:
+        """Run a program; blocks of features or values are the grid's last dimension."""
+        warps, stages, features, values = self.setting(program)
+        by_keys = program == "backward_keys"
+        split = blocks_of(self.features, features) if by_keys else blocks_of(self.values, values)
+        constants = self.constants(program, with_values=with_values)
+        options = {"num_warps": warps, "num_stages": stages}
+        program_of(program)[(*grid, split)](*arguments, **constants, **options)
+
+
+def program_of(name: str) -> Any:
+    """What `triton.jit` returned, by its name."""
+    return getattr(programs_forward, name, None) or getattr(programs_backward, name)
+
+
+def block_of(width: int) -> int:
+    """The power of two, 16 or more, that holds `width`."""
+    return max(FEWEST, int(triton.next_power_of_2(width)))
+
+
+def blocks_of(width: int, block: int) -> int:
+    """How many blocks hold `width`."""
+    return int(triton.cdiv(width, block))

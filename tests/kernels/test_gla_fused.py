@@ -1,0 +1,103 @@
+"""The Triton form of gated linear attention is the recurrence, gradients included."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from edgekit.kernels.gla.fused import Passes, fused_gla
+from edgekit.kernels.gla.reference import parallel_gla
+from edgekit.testing import TOLERANCE, assert_close
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.interp),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+NAMES = ("output", "state", "dq", "dk", "dv", "dg", "dstate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Sizes of a call; `gate` is the smallest log decay."""
+
+    batch: int = 1
+    time: int = 130
+    heads: int = 2
+    states: int = 1
+    features: int = 16
+    values: int = 24
+    gates: int = 16
+    gate: float = -0.4
+    chunk: int = 64
+    normalise: bool = True
+    cu_seqlens: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    passes: Passes = "two"
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Leaves in `dtype`, the state in fp32; on the CPU."""
+        random = torch.Generator().manual_seed(self.time)
+
+        def drawn(*shape: int) -> torch.Tensor:
+            return torch.rand(*shape, generator=random)
+
+        rows = (self.batch, self.time)
+        sequences = self.batch if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        q = drawn(*rows, self.heads, self.features)
+        k = drawn(*rows, self.states, self.features)
+        v = drawn(*rows, self.states, self.values) - 0.5
+        g = drawn(*rows, self.states, self.gates) * self.gate
+        state = drawn(sequences, self.states, self.features, self.values + 1)
+        return [*(x.to(self.dtype) for x in (q, k, v, g)), state]
+
+
+def results(form, case: Case, dtype: torch.dtype, device: str, **options) -> list[torch.Tensor]:
+    """Output, state and the gradients of both, of inputs that were rounded to the case's dtype."""
+    leaves = [
+        x.to(device=device, dtype=dtype if i < 4 or dtype == torch.float64 else x.dtype)
+        for i, x in enumerate(case.inputs())
+    ]
+    leaves = [x.requires_grad_() for x in leaves]
+    packed = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
+    output, state = form(*leaves, eps=1e-6, normalise=case.normalise, cu_seqlens=packed, **options)
+    random = torch.Generator().manual_seed(1)
+    by_output = torch.randn(output.shape, generator=random).to(output)
+    by_state = torch.randn(state.shape, generator=random).to(state)
+    grads = torch.autograd.grad((output, state), leaves, (by_output, by_state))
+    return [x.detach().cpu() for x in (output, state, *grads)]
+
+
+def check(case: Case, device: str) -> None:
+    expected = results(parallel_gla, case, torch.float64, "cpu")
+    actual = results(fused_gla, case, case.dtype, device, chunk=case.chunk, passes=case.passes)
+    tolerance = TOLERANCE[str(case.dtype).removeprefix("torch.")]
+    for name, wanted, found in zip(NAMES, expected, actual, strict=True):
+        assert_close(name, wanted, found, ratio=tolerance)
+
+
+TIMES = (1, 2, 3, 63, 130)
+CASES = {
+    **{f"T {t}": Case(time=t) for t in TIMES},
+    "T 500, chunk 64": Case(time=500, heads=1),
+    "chunk 16": Case(time=63, chunk=16),
+    "chunk 32": Case(time=63, chunk=32),
+    "one gate a head": Case(gates=1),
+    "without gates": Case(gate=0.0),
+    "gates at the bound": Case(gate=-2.5),
+    "one gate at the bound": Case(gate=-2.5, gates=1),
+    "own states": Case(heads=3, states=3, time=70),
+    "groups of three": Case(heads=6, states=2, time=66),
+    "batch": Case(batch=3, time=65),
+    "widths that fill no block": Case(features=20, gates=20, values=9, time=70),
+    "without a denominator": Case(normalise=False),
+    "packed": Case(cu_seqlens=(0, 1, 66, 66, 130)),
+    "packed, one gate": Case(cu_seqlens=(0, 64, 67, 130), gates=1),
+    "bf16": Case(dtype=torch.bfloat16, time=70),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("passes", ["one", "two"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fused_equals_reference(case: Case, passes: Passes, device: str) -> None:
+    check(replace(case, passes=passes), device)
