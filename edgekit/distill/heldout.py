@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from edgekit.kernels.kl_loss.chunked import vocabulary_loss
+from edgekit.kernels.kl_loss import vocabulary_loss
 from edgekit.models.decoder import Decoder
 
 __all__ = ["perplexity"]

@@ -16,8 +16,7 @@ from edgekit.distill.recipe import PROJECTIONS, Tuning
 from edgekit.distill.stage import Group, TorchBatch
 from edgekit.distill.transfer import new_parameters
 from edgekit.errors import UsageError
-from edgekit.kernels.kl_loss.chunked import vocabulary_loss
-from edgekit.kernels.kl_loss.reference import IGNORE
+from edgekit.kernels.kl_loss import IGNORE, vocabulary_loss
 from edgekit.models.decoder import Decoder, step_context
 
 __all__ = ["TuningStage", "inject_pairs", "pairs"]

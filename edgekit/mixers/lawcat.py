@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from edgekit.kernels.conv_feature.reference import causal_conv, feature_map
-from edgekit.kernels.gla.chunked import chunked_gla
+from edgekit.kernels.gla import gla
 from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
 from edgekit.kernels.precision import full_precision, widened
 from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer
@@ -30,7 +30,7 @@ from edgekit.mixers.graph import Graph
 
 __all__ = ["Mixer"]
 
-FORMS = {"parallel": parallel_gla, "chunked": chunked_gla, "recurrent": recurrent_gla}
+FORMS = {"parallel": parallel_gla, "chunked": gla, "recurrent": recurrent_gla}
 IDENTITY_TAP = 0.001  # initial weight of the taps before the current token
 INIT_STD = 0.006  # of the gate's matrices
 

@@ -1,5 +1,7 @@
 """Normalised gated linear attention, the recurrence of LAWCAT (arXiv 2509.18467)."""
 
+from typing import Any
+
 import torch
 
 from edgekit.kernels.dispatch import choose
@@ -27,7 +29,7 @@ def gla(
     Log decays below -2.5 count as -2.5 in every form but the reference: a state then keeps 8 % of
     itself after one token, and a product of factors from a chunk's middle stays finite.
     """
-    options = {"eps": eps, "normalise": normalise, "cu_seqlens": cu_seqlens}
+    options: dict[str, Any] = {"eps": eps, "normalise": normalise, "cu_seqlens": cu_seqlens}
     form = choose(
         "gla", q, fused=max(q.shape[3], v.shape[3]) <= WIDEST and q.dtype != torch.float64
     )

@@ -103,8 +103,8 @@ class _FusedGla(torch.autograd.Function):
         output, den, after = _empty_results(plan, q, k, v, offsets)
         count, eps = len(offsets) - 1, plan.eps or 0.0
         if one:
-            grid = (count * plan.states,)
-            plan.launch("forward_whole", grid, q, k, v, g, state, output, den, after, offsets, eps)
+            heads = (count * plan.states,)
+            plan.launch("forward_whole", heads, q, k, v, g, state, output, den, after, offsets, eps)
         else:
             h, z = _states(plan, k, v, g, state, after, offsets, first, owner)
             grid = (len(owner), plan.heads)

@@ -82,7 +82,7 @@ class Plan:
         eps: float | None,
         given: bool,
     ) -> "Plan":
-        """The plan of a call; `eps` is None without a denominator, `given` whether a state enters."""
+        """The plan of a call; `eps` is None without a denominator, `given` if a state enters."""
         narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
         exact = torch.get_float32_matmul_precision() == "highest"
         return cls(

@@ -22,7 +22,7 @@ CACHED_ROWS, ROWS = 64, 1024  # of logits at a time: on a CPU, where they must f
 def vocabulary_loss(
     hidden: torch.Tensor,
     head: torch.Tensor,
-    targets: torch.Tensor,
+    targets: torch.Tensor | None,
     teacher_hidden: torch.Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -39,19 +39,20 @@ class _VocabularyLoss(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         head: torch.Tensor,
-        targets: torch.Tensor,
+        targets: torch.Tensor | None,
         teacher_hidden: torch.Tensor | None,
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         ce, kl = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
-        grads = (torch.empty_like(hidden), torch.zeros_like(hidden))
+        grads = (torch.zeros_like(hidden), torch.zeros_like(hidden))
         step = CACHED_ROWS if hidden.device.type == "cpu" else ROWS
         for start in range(0, hidden.shape[0], step):
             rows = slice(start, start + step)
             logits = widened(hidden[rows] @ head.mT)
-            loss, by_logits = _cross_entropy(logits, targets[rows])
-            ce, grads[0][rows] = ce + loss, by_logits.to(head.dtype) @ head
+            if targets is not None:
+                loss, by_logits = _cross_entropy(logits, targets[rows])
+                ce, grads[0][rows] = ce + loss, by_logits.to(head.dtype) @ head
             if teacher_hidden is not None:
                 expected = widened(teacher_hidden[rows] @ head.mT)
                 loss, by_logits = _divergence(logits, expected, temperature)
@@ -62,8 +63,8 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         by_ce, by_kl = ctx.saved_tensors
-        hidden = grads[0].to(by_ce.dtype) * by_ce + grads[1].to(by_kl.dtype) * by_kl
-        return hidden, None, None, None, None
+        hidden = widened(by_ce) * grads[0] + widened(by_kl) * grads[1]  # 16 bits round a weight
+        return hidden.to(by_ce.dtype), None, None, None, None
 
 
 def _cross_entropy(

@@ -21,7 +21,7 @@ IGNORE = -100  # target of a position that predicts nothing
 def vocabulary_loss(
     hidden: torch.Tensor,
     head: torch.Tensor,
-    targets: torch.Tensor,
+    targets: torch.Tensor | None,
     teacher_hidden: torch.Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -32,6 +32,7 @@ def vocabulary_loss(
         hidden: the student's last hidden states `[N, D]`.
         head: `[V, D]`, frozen.
         targets: token to predict at each position, int64 `[N]`; `IGNORE` counts in the KL only.
+            None: the cross-entropy is 0.
         teacher_hidden: the teacher's `[N, D]`; None: the KL is 0.
         temperature: tau.
 
@@ -39,7 +40,9 @@ def vocabulary_loss(
         Two fp32 (fp64 for fp64 inputs) scalars, in nats: cross-entropy and KL (times tau^2).
     """
     logits = widened(hidden @ head.mT)
-    ce = functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    ce = logits.new_zeros(())
+    if targets is not None:
+        ce = functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     if teacher_hidden is None:
         return ce, ce.new_zeros(())
     expected = (widened(teacher_hidden @ head.mT) / temperature).log_softmax(dim=-1)

@@ -7,10 +7,12 @@ pytest.importorskip("triton", reason="Triton is made for Linux on x86-64")
 from edgekit.kernels.dispatch import interpreted
 from edgekit.kernels.offline import Build, compile_offline, shipped
 
-pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing"),
+]
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
-OFTEN = 90  # what `make test` compiles for; the rest are slow
 
 
 def cases() -> list[object]:
@@ -19,7 +21,6 @@ def cases() -> list[object]:
             build,
             architecture,
             id=f"{build.name}, sm_{architecture}",
-            marks=() if architecture == OFTEN else pytest.mark.slow,
         )
         for build in shipped()
         for architecture in build.architectures

@@ -16,7 +16,7 @@ from edgekit.adapters.plan import FreezePlan
 from edgekit.adapters.tune.recipe import Recipe
 from edgekit.data.batch import IGNORE
 from edgekit.errors import UsageError
-from edgekit.kernels.kl_loss.chunked import vocabulary_loss
+from edgekit.kernels.kl_loss import vocabulary_loss
 from edgekit.models.config import DecoderConfig
 from edgekit.models.decoder import Decoder
 from edgekit.models.precision import Precision, narrow_frozen
