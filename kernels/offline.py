@@ -23,12 +23,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from edgekit.command import guarded, module_parser, parsed
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 from edgekit.markdown import markdown_table
 
-__all__ = ["ARCHITECTURES", "Build", "Resources", "compile_offline", "main", "shipped"]
+__all__ = [
+    "ARCHITECTURES",
+    "WARP_GROUP_ROWS",
+    "Build",
+    "Resources",
+    "compile_offline",
+    "main",
+    "shipped",
+]
 
 ARCHITECTURES = (80, 90, 100)
 OPS = ("gla", "conv_feature", "kl_loss", "attention_mse", "spin_attention")
+WARP_GROUP_ROWS = 64  # of a product that a group of four warps of sm_90 does at once
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -45,6 +55,7 @@ class Build:
         stages: of its software pipeline.
         architectures: that it is shipped for.
         tensor_cores: whether it multiplies matrices.
+        warp_groups: whether these have the 64 rows that the fastest products of sm_90 take.
     """
 
     name: str
@@ -55,6 +66,7 @@ class Build:
     stages: int = 2
     architectures: tuple[int, ...] = ARCHITECTURES
     tensor_cores: bool = True
+    warp_groups: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +103,7 @@ def compile_offline(build: Build, architecture: int) -> Resources:
         constexprs={(names.index(n),): value for n, value in build.constants.items()},
         attrs={(i,): ALIGNED for i, n in enumerate(names) if signature[n].startswith("*")},
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages}
+    options = {"num_warps": build.warps, "num_stages": build.stages, **FUSED_MULTIPLY_ADD}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     usage, code = _disassembled(compiled.asm["cubin"])
     return Resources(

@@ -10,12 +10,14 @@ from edgekit.errors import UsageError
 from edgekit.kernels.attention_mse import programs
 from edgekit.kernels.attention_mse.reference import check_arguments
 from edgekit.kernels.offline import Build
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 
 __all__ = ["attention_mse", "builds"]
 
 # Positions and values of a tile: whatever the widths, they are read once, so one size serves all.
 TILE = {"BR": 16, "BW": 256}
-LAUNCH = {"num_warps": 4}
+WARPS = 4
+LAUNCH: dict[str, Any] = {"num_warps": WARPS, **FUSED_MULTIPLY_ADD}
 
 
 def attention_mse(
@@ -52,7 +54,7 @@ def builds() -> tuple[Build, ...]:
             program=program,
             types=read | own,
             constants={"W": width, **TILE},
-            warps=LAUNCH["num_warps"],
+            warps=WARPS,
             tensor_cores=False,
         )
         for width in (9 * 64, 16 * 128)

@@ -14,7 +14,7 @@ from edgekit.kernels.conv_feature.limits import declined, in_bf16
 from edgekit.kernels.conv_feature.reference import FEATURE_FLOOR, check_arguments
 from edgekit.kernels.dispatch import interpreted
 from edgekit.kernels.offline import Build
-from edgekit.kernels.precision import widened
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD, widened
 from edgekit.kernels.sequences import chunk_table, sequence_offsets
 
 __all__ = ["builds", "conv_feature"]
@@ -83,6 +83,7 @@ class _Plan:
         """Of programs that go through tokens and columns."""
         up = self.operands == torch.float32
         launch = {"num_warps": self.setting.warps, "num_stages": self.setting.stages}
+        launch |= FUSED_MULTIPLY_ADD
         return {**self.sizes, "BT": self.setting.tokens, "UP": up, **launch}
 
 
@@ -260,7 +261,7 @@ def _after(x: torch.Tensor, history: torch.Tensor | None, plan: _Plan) -> torch.
         sizes = {name: plan.sizes[name] for name in ("H", "D", "K", "BD")}
         programs.carried[plan.sequences, heads, triton.cdiv(width, sizes["BD"])](
             x, history, plan.offsets, plan.lead, plan.last, after,
-            BT=int(triton.next_power_of_2(before)), num_warps=1, **sizes,
+            BT=int(triton.next_power_of_2(before)), num_warps=1, **sizes, **FUSED_MULTIPLY_ADD,
         )  # fmt: skip
     return after
 

@@ -24,7 +24,8 @@ from edgekit.kernels.gla.plan import (
 )
 from edgekit.kernels.gla.programs_backward import backward_rows
 from edgekit.kernels.gla.reference import Output
-from edgekit.kernels.offline import Build
+from edgekit.kernels.offline import WARP_GROUP_ROWS, Build
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 from edgekit.kernels.sequences import chunk_table, sequence_offsets
 
 __all__ = ["Passes", "builds", "fused_gla"]
@@ -125,16 +126,16 @@ class _FusedGla(torch.autograd.Function):
         h, z = _states(plan, k, v, g, state, after, offsets, first, owner)
         de = _by_denominators(plan, output, by_output, den)
         dh, dz = torch.empty_like(h), torch.empty_like(z)
-        carry, by_state = z.new_empty(plan.blocks, *z.shape), torch.empty_like(by_after)
+        carry, by_state = torch.empty_like(z), torch.empty_like(by_after)
         states = (h, z, after, by_after, dh, dz, carry, by_state)
-        arguments = (q, g, by_output, den, de, *states, offsets, first, len(owner))
+        arguments = (q, g, by_output, den, de, *states, offsets, first)
         plan.launch("backward_states", (count * plan.states,), *arguments)
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
         read, table = (q, k, v, g, by_output, den, de), (offsets, first, owner, count)
         plan.launch("backward_queries", (len(owner), plan.heads), *read, h, z, dq, *table)
         by_values = ctx.needs_input_grad[2]  # frozen in the first stage of distillation
         together = by_values and plan.values_with_keys
-        by_keys = (*read, dh, dz, carry, dq, dk, dv, dg, *table, len(owner))
+        by_keys = (*read, dh, dz, carry, dq, dk, dv, dg, *table)
         grid = (len(owner), plan.states)
         plan.launch("backward_keys", grid, *by_keys, with_values=together)
         if by_values and not together:
@@ -171,7 +172,7 @@ def _by_denominators(
     if plan.eps is not None:
         sizes = {"V": plan.values, "BV": block_of(plan.values), "ROWS": ROWS}
         grid = (triton.cdiv(den.numel(), ROWS),)
-        backward_rows[grid](output, by_output, den, de, den.numel(), **sizes)
+        backward_rows[grid](output, by_output, den, de, den.numel(), **sizes, **FUSED_MULTIPLY_ADD)
     return de
 
 
@@ -227,7 +228,7 @@ def _fills_the_chip(plan: Plan, sequences: int, q: torch.Tensor) -> bool:
     """Whether one program for each sequence and head leaves few multiprocessors idle."""
     if not q.is_cuda:
         return False
-    blocks = blocks_of(plan.values, plan.setting("forward_whole")[3])
+    blocks = blocks_of(plan.values, plan.setting("forward_whole").values)
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count
     return bool(sequences * plan.states * blocks >= 0.75 * cores)
 
@@ -264,18 +265,19 @@ def _build(plan: Plan, program: str, architectures: tuple[int, ...]) -> Build:
     wide = {"z", "dz", "carry", "den", "de", "state", "after", "by_after", "by_state"}
     whole = {"offsets", "first", "owner"}
     constants = plan.constants(program, with_values=plan.values_with_keys)
-    types = {"eps": "fp32", "sequences": "i32", "chunks": "i32"}
+    types = {"eps": "fp32", "sequences": "i32"}
     for name in program_of(program).arg_names:
         if name not in constants and name not in types:
             types[name] = "*fp32" if name in wide else "*i32" if name in whole else "*bf16"
-    warps, stages, _, _ = plan.setting(program)
+    setting = plan.setting(program)
     return Build(
         name=f"gla {program}, width {plan.features}, {plan.gates} gates",
         program=program_of(program),
         types=types,
         constants=constants,
-        warps=warps,
-        stages=stages,
+        warps=setting.warps,
+        stages=setting.stages,
         architectures=architectures,
         tensor_cores=program != "forward_steps",
+        warp_groups=program != "backward_states" or setting.features >= WARP_GROUP_ROWS,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,6 +11,7 @@ import triton.language as tl
 from edgekit.kernels.dispatch import interpreted
 from edgekit.kernels.gla import programs_backward, programs_forward
 from edgekit.kernels.gla.reference import GATE_BOUND
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 
 __all__ = [
     "CHUNK",
@@ -28,29 +29,42 @@ __all__ = [
 CHUNK, SMALL_CHUNK = 64, 32  # tokens: from sm_90 on, and before, where 64 find too few registers
 FEWEST = 16  # rows of a matrix product; fewer tokens are read one after another
 WIDEST = 128  # features and values
-# Warps, pipeline stages, block of features and of values of each program, by the wider of the two.
-# None keeps a register in memory: `python -m edgekit.kernels.offline` prints what they use.
-Setting = tuple[int, int, int, int]
+
+
+class Setting(NamedTuple):
+    """How a program is run: nobody but the compiler gains by another choice."""
+
+    warps: int
+    stages: int  # of the software pipeline
+    features: int  # of a block
+    values: int  # of a block
+    chunk: int = CHUNK  # tokens at most
+
+
+# The others are split into blocks of values.
+BY_FEATURES = ("forward_states", "backward_states", "backward_queries", "backward_keys")
+# By the wider of features and values. None keeps a register in memory:
+# `python -m edgekit.kernels.offline` prints what they use.
 SETTINGS: Mapping[int, Mapping[str, Setting]] = {
     64: {
-        "forward_states": (4, 2, 64, 64),
-        "forward_outputs": (4, 2, 64, 64),
-        "forward_whole": (8, 2, 64, 64),
-        "forward_steps": (4, 1, 64, 64),
-        "backward_states": (8, 2, 64, 64),
-        "backward_queries": (8, 1, 64, 64),
-        "backward_keys": (8, 1, 64, 64),
-        "backward_values": (4, 1, 64, 64),
+        "forward_states": Setting(8, 2, 64, 64),
+        "forward_outputs": Setting(4, 2, 64, 64),
+        "forward_whole": Setting(8, 2, 64, 64, chunk=32),
+        "forward_steps": Setting(4, 1, 64, 64),
+        "backward_states": Setting(8, 2, 32, 64),
+        "backward_queries": Setting(8, 1, 64, 64),
+        "backward_keys": Setting(8, 1, 64, 64),
+        "backward_values": Setting(4, 1, 64, 64),
     },
     128: {
-        "forward_states": (8, 2, 128, 32),
-        "forward_outputs": (8, 2, 128, 64),
-        "forward_whole": (8, 1, 128, 32),
-        "forward_steps": (4, 1, 128, 64),
-        "backward_states": (8, 2, 128, 32),
-        "backward_queries": (8, 1, 128, 128),
-        "backward_keys": (8, 1, 64, 128),
-        "backward_values": (8, 1, 128, 64),
+        "forward_states": Setting(8, 3, 64, 128),
+        "forward_outputs": Setting(8, 2, 128, 64),
+        "forward_whole": Setting(8, 2, 128, 32, chunk=32),
+        "forward_steps": Setting(4, 1, 128, 64),
+        "backward_states": Setting(8, 2, 64, 128),
+        "backward_queries": Setting(4, 1, 64, 128),
+        "backward_keys": Setting(8, 1, 64, 128),
+        "backward_values": Setting(8, 1, 128, 64),
     },
 }
 
@@ -101,22 +115,16 @@ class Plan:
         )
 
     def setting(self, program: str) -> Setting:
-        """Warps, stages, blocks of features and values."""
+        """How it is run, its blocks no wider than the tensors and its chunk no longer than ours."""
         wide = 64 if max(self.features, self.values) <= 64 else WIDEST
-        warps, stages, features, values = SETTINGS[wide][program]
-        if self.gates == 1:  # its gradient is a sum over all features
-            features = WIDEST
-        return (
-            warps,
-            stages,
-            min(features, block_of(self.features)),
-            min(values, block_of(self.values)),
+        setting = SETTINGS[wide][program]
+        whole = self.gates == 1 and program == "backward_keys"  # it sums over all features
+        features = WIDEST if whole else setting.features
+        return setting._replace(
+            features=min(features, block_of(self.features)),
+            values=min(setting.values, block_of(self.values)),
+            chunk=min(setting.chunk, self.chunk),
         )
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of values that the states' gradients are split into."""
-        return blocks_of(self.values, self.setting("backward_states")[3])
 
     @property
     def values_with_keys(self) -> bool:
@@ -125,19 +133,18 @@ class Plan:
 
     def constants(self, program: str, *, with_values: bool = False) -> dict[str, Any]:
         """The program's compile-time arguments."""
-        _, _, features, values = self.setting(program)
+        setting = self.setting(program)
         known = {
             "S": self.states,
             "G": self.heads // self.states,
             "F": self.features,
             "V": self.values,
             "GATES": self.gates,
-            "C": self.chunk,
-            "BF": features,
-            "BV": values,
-            "BG": 1 if self.gates == 1 else features,
+            "C": setting.chunk,
+            "BF": setting.features,
+            "BV": setting.values,
+            "BG": 1 if self.gates == 1 else setting.features,
             "BOUND": GATE_BOUND,
-            "BLOCKS": self.blocks,
             "WITH_VALUES": with_values,
             "NORMALISE": self.eps is not None,
             "SCALE": self.features**-0.5,
@@ -151,13 +158,17 @@ class Plan:
     def launch(
         self, program: str, grid: tuple[int, ...], *arguments: Any, with_values: bool = False
     ) -> None:
-        """Run a program; blocks of features or values are the grid's last dimension."""
-        warps, stages, features, values = self.setting(program)
-        by_keys = program == "backward_keys"
-        split = blocks_of(self.features, features) if by_keys else blocks_of(self.values, values)
+        """Run a program; axis 0 of the grid counts its blocks of features or values too."""
+        setting = self.setting(program)
+        by_features = program in BY_FEATURES
+        split = (
+            blocks_of(self.features, setting.features)
+            if by_features
+            else blocks_of(self.values, setting.values)
+        )
         constants = self.constants(program, with_values=with_values)
-        options = {"num_warps": warps, "num_stages": stages}
-        program_of(program)[(*grid, split)](*arguments, **constants, **options)
+        options = {"num_warps": setting.warps, "num_stages": setting.stages, **FUSED_MULTIPLY_ADD}
+        program_of(program)[(grid[0] * split, *grid[1:])](*arguments, **constants, **options)
 
 
 def program_of(name: str) -> Any:

@@ -14,6 +14,7 @@ from edgekit.kernels.gla.programs_forward import (
     leave,
     put,
     put_state,
+    spread,
     tile,
 )
 
@@ -58,50 +59,47 @@ def _by_numerator(
 
 
 @triton.jit
-def _agreement(b_h, b_z, b_dh, b_dz, i_v):
+def _agreement(b_h, b_z, b_dh, b_dz):
     """A state times its gradient, summed over columns `[BF]`: by how much its decay matters."""
-    b_sum = tl.sum(b_h * b_dh, 1)
-    if i_v == 0:
-        b_sum += b_z * b_dz
-    return b_sum
+    return tl.sum(b_h * b_dh, 1) + b_z * b_dz
 
 
 @triton.jit
 def backward_states(
-    q, g, do, den, de, h, z, after, by_after, dh, dz, carry, by_state, offsets, first, chunks,
+    q, g, do, den, de, h, z, after, by_after, dh, dz, carry, by_state, offsets, first,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the state leaving every chunk, and of the first; grid (N S, blocks of values).
+    """Gradients of the state leaving every chunk, and of the first; grid (N S blocks of features).
 
-    `carry [blocks of values, chunks, S, F]` is what the states after a chunk say of its decay.
+    `carry [chunks, S, F]` is what the states after a chunk say of its decay.
     """
-    i_n, i_s, i_v = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1)
+    i_ns, i_f = spread(F, BF)
+    i_n, i_s = i_ns // S, i_ns % S
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_first = tl.load(first + i_n)
     count = tl.cdiv(end - begin, C).to(tl.int32)
-    o_c, o_f, o_g = tl.arange(0, C), tl.arange(0, BF), tl.arange(0, BG)
-    o_v = i_v * BV + tl.arange(0, BV)
+    o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
+    o_g = o_f if BG == BF else tl.arange(0, BG)
     m_f = o_f < F
     m_h = m_f[:, None] & (o_v[None, :] < V)
-    b_h, b_z = entering(after, i_n, i_s, o_f, o_v, S, F, V, True, BF, BV)
     b_dh, b_dz = entering(by_after, i_n, i_s, o_f, o_v, S, F, V, True, BF, BV)
-    b_carry = _agreement(b_h, b_z, b_dh, b_dz, i_v)
+    b_h, b_z = entering(after, i_n, i_s, o_f, o_v, S, F, V, True, BF, BV)
+    b_carry = _agreement(b_h, b_z, b_dh, b_dz)
     for back in range(count):
         i = count - 1 - back
         i_row = ((i_first + i).to(tl.int64) * S + i_s) * F
-        put_state(dh, dz, b_dh, b_dz, i_first + i, i_s, o_f, o_v, i_v, S, F, V)
-        tl.store(carry + i_v.to(tl.int64) * chunks * S * F + i_row + o_f, b_carry, mask=m_f)
+        put_state(dh, dz, b_dh, b_dz, i_first + i, i_s, o_f, o_v, S, F, V)
+        tl.store(carry + i_row + o_f, b_carry, mask=m_f)
         i_t = begin + i * C
         m_c = o_c < end - i_t
         b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
         by_decay = tl.exp2(tl.sum(b_g, 0))
         b_dh, b_dz = b_dh * by_decay[:, None], b_dz * by_decay
-        b_e = tl.exp2(b_b)
         for i_g in range(G):
             i_head = i_s * G + i_g
-            b_qb = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F) * b_e
+            b_qb = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F) * tl.exp2(b_b)
             b_dn, b_de = _by_numerator(
                 do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
             )
@@ -109,8 +107,9 @@ def backward_states(
             b_dz += tl.sum(b_qb * b_de[:, None], 0)
         p_h = h + i_row * V + o_f[:, None] * V + o_v[None, :]
         b_h = tl.load(p_h, mask=m_h, other=0.0).to(tl.float32)
-        b_carry = _agreement(b_h, tl.load(z + i_row + o_f, mask=m_f, other=0.0), b_dh, b_dz, i_v)
-    leave(by_state, b_dh, b_dz, i_n, i_s, o_f, o_v, i_v, S, F, V)
+        b_z = tl.load(z + i_row + o_f, mask=m_f, other=0.0)
+        b_carry = _agreement(b_h, b_z, b_dh, b_dz)
+    leave(by_state, b_dh, b_dz, i_n, i_s, o_f, o_v, 0, S, F, V)
 
 
 @triton.jit
@@ -120,47 +119,47 @@ def backward_queries(
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q in every chunk; grid (chunks, H)."""
-    i_c, i_head = tl.program_id(0), tl.program_id(1)
+    """Gradients of q in every chunk; grid (chunks blocks of features, H)."""
+    (i_c, i_f), i_head = spread(F, BF), tl.program_id(1)
     i_n, i_s = tl.load(owner + i_c), i_head // G
     if i_n >= sequences:
         return
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_t = begin + (i_c - tl.load(first + i_n)) * C
-    o_c, o_f, o_g, o_v = tl.arange(0, C), tl.arange(0, BF), tl.arange(0, BG), tl.arange(0, BV)
+    o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
+    o_g = o_f if BG == BF else tl.arange(0, BG)
     m_c, m_f = o_c < end - i_t, o_f < F
     p_row = (i_c.to(tl.int64) * S + i_s) * F
     b_dn, b_de = _by_numerator(do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE)
+    b_dn = b_dn.to(OP)
+    m_h = m_f[:, None] & (o_v[None, :] < V)
+    b_h = tl.load(h + p_row * V + o_f[:, None] * V + o_v[None, :], mask=m_h, other=0.0).to(OP)
+    b_z = tl.load(z + p_row + o_f, mask=m_f, other=0.0)
+    b_dq = tl.dot(b_dn, tl.trans(b_h), input_precision=DOT) + b_de[:, None] * b_z[None, :]
     b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V).to(OP)
-    b_dp = tl.dot(b_dn.to(OP), tl.trans(b_v), input_precision=DOT) + b_de[:, None]
+    b_dp = tl.dot(b_dn, tl.trans(b_v), input_precision=DOT) + b_de[:, None]
     b_dp = tl.where(o_c[:, None] >= o_c[None, :], b_dp, 0.0)
     b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
     b_r = before_middle(b_g, C)[None, :]
     b_ka = (tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r - b_b)).to(OP)
-    b_dq = tl.dot(b_dp.to(OP), b_ka, input_precision=DOT)
-    m_h = m_f[:, None] & (o_v[None, :] < V)
-    b_h = tl.load(h + p_row * V + o_f[:, None] * V + o_v[None, :], mask=m_h, other=0.0).to(OP)
-    b_z = tl.load(z + p_row + o_f, mask=m_f, other=0.0)
-    by_state = tl.dot(b_dn.to(OP), tl.trans(b_h), input_precision=DOT)
-    by_state += b_de[:, None] * b_z[None, :]
-    b_dq = b_dq * tl.exp2(b_b - b_r) + by_state * tl.exp2(b_b)
+    b_dq = b_dq * tl.exp2(b_r) + tl.dot(b_dp.to(OP), b_ka, input_precision=DOT)
+    b_dq = b_dq * tl.exp2(b_b - b_r)
     put(dq, b_dq, i_t, o_c, m_c, i_head, o_f, S * G, F)
 
 
 @triton.jit
 def backward_keys(
     q, k, v, g, do, den, de, dh, dz, carry, dq, dk, dv, dg, offsets, first, owner, sequences,
-    chunks,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
-    BLOCKS: tl.constexpr, WITH_VALUES: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    WITH_VALUES: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
     OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and g in every chunk, from those of q; grid (chunks, S, blocks of features).
+    """Gradients of k and g in every chunk, from those of q; grid (chunks blocks of features, S).
 
     With one block of features those of v come at little cost.
     """
-    i_c, i_s, i_f = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    (i_c, i_f), i_s = spread(F, BF), tl.program_id(1)
     i_n = tl.load(owner + i_c)
     if i_n >= sequences:
         return
@@ -206,10 +205,8 @@ def backward_keys(
         put(dv, b_dv, i_t, o_c, m_c, i_s, o_v, S, V)
     b_dg -= b_kr * b_dk
     put(dk, b_dk * tl.exp2(b_r[None, :] - b_b), i_t, o_c, m_c, i_s, o_f, S, F)
-    b_dg = tl.cumsum(b_dg, 0, reverse=True)
-    for i_v in tl.static_range(BLOCKS):
-        p_carry = carry + i_v * chunks.to(tl.int64) * S * F + p_row
-        b_dg += tl.load(p_carry + o_f, mask=m_f, other=0.0)[None, :]
+    b_carry = tl.load(carry + p_row + o_f, mask=m_f, other=0.0)
+    b_dg = tl.cumsum(b_dg, 0, reverse=True) + b_carry[None, :]
     if GATES == 1:
         b_dg = tl.sum(b_dg, 1)[:, None]
     put(dg, tl.where(b_raw < -BOUND, 0.0, b_dg), i_t, o_c, m_c, i_s, o_g, S, GATES)
@@ -222,8 +219,8 @@ def backward_values(
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of v in every chunk; grid (chunks, S, blocks of values)."""
-    i_c, i_s, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Gradients of v in every chunk; grid (chunks blocks of values, S)."""
+    (i_c, i_v), i_s = spread(V, BV), tl.program_id(1)
     i_n = tl.load(owner + i_c)
     if i_n >= sequences:
         return

@@ -28,10 +28,18 @@ __all__ = [
     "leave",
     "put",
     "put_state",
+    "spread",
     "tile",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def spread(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid axis 0: what it counts, and the block; blocks that read the same run side by side."""
+    blocks: tl.constexpr = tl.cdiv(WIDTH, BLOCK)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -103,7 +111,7 @@ def leave(
     state, b_h, b_z, i_sequence, i_s, o_f, o_v, i_v,
     S: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Write what `entering` reads."""
+    """Write what `entering` reads; the sum of keys with block 0 of the values."""
     p_row = state + ((i_sequence.to(tl.int64) * S + i_s) * F + o_f) * (V + 1)
     m_f = o_f < F
     tl.store(p_row[:, None] + o_v[None, :], b_h, mask=m_f[:, None] & (o_v[None, :] < V))
@@ -113,17 +121,16 @@ def leave(
 
 @triton.jit
 def put_state(
-    h, z, b_h, b_z, i_chunk, i_s, o_f, o_v, i_v,
+    h, z, b_h, b_z, i_chunk, i_s, o_f, o_v,
     S: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Write one head's state at a chunk."""
+    """Write one head's state at a chunk, all of its values."""
     i_row = (i_chunk.to(tl.int64) * S + i_s) * F + o_f
     m_f = o_f < F
     mask = m_f[:, None] & (o_v[None, :] < V)
     p_h = h + i_row[:, None] * V + o_v[None, :]
     tl.store(p_h, b_h.to(h.dtype.element_ty), mask=mask)
-    if i_v == 0:
-        tl.store(z + i_row, b_z, mask=m_f)
+    tl.store(z + i_row, b_z, mask=m_f)
 
 
 @triton.jit
@@ -133,22 +140,23 @@ def forward_states(
     BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
     GIVEN: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """States entering every chunk and after the last; grid (N S, blocks of values)."""
-    i_n, i_s, i_v = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1)
+    """States entering every chunk and after the last; grid (N S blocks of features)."""
+    i_ns, i_f = spread(F, BF)
+    i_n, i_s = i_ns // S, i_ns % S
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_first = tl.load(first + i_n)
-    o_c, o_f, o_g = tl.arange(0, C), tl.arange(0, BF), tl.arange(0, BG)
-    o_v = i_v * BV + tl.arange(0, BV)
+    o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
+    o_g = o_f if BG == BF else tl.arange(0, BG)
     b_h, b_z = entering(state, i_n, i_s, o_f, o_v, S, F, V, GIVEN, BF, BV)
     for i in range(tl.cdiv(end - begin, C).to(tl.int32)):
-        put_state(h, z, b_h, b_z, i_first + i, i_s, o_f, o_v, i_v, S, F, V)
+        put_state(h, z, b_h, b_z, i_first + i, i_s, o_f, o_v, S, F, V)
         i_t = begin + i * C
         m_c = o_c < end - i_t
         b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
         b_k = tile(k, i_t, o_c, m_c, i_s, o_f, S, F)
         b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V)
         b_h, b_z = _advanced(b_h, b_z, b_k, b_v, b_b, tl.sum(b_g, 0), OP, DOT)
-    leave(after, b_h, b_z, i_n, i_s, o_f, o_v, i_v, S, F, V)
+    leave(after, b_h, b_z, i_n, i_s, o_f, o_v, 0, S, F, V)
 
 
 @triton.jit
@@ -159,19 +167,18 @@ def _chunk_output(
 ):  # fmt: skip
     """One query head's output in one chunk, from the state entering it."""
     b_r = before_middle(b_g, C)[None, :]
-    b_q = tile(q, i_t, o_c, m_c, i_head, o_f, HEADS, F)
-    b_k = tile(k, i_t, o_c, m_c, i_s, o_f, S, F)
-    b_qa = (b_q * tl.exp2(b_b - b_r)).to(OP)
-    b_ka = (b_k * tl.exp2(b_r - b_b)).to(OP)
-    b_p = tl.dot(b_qa, tl.trans(b_ka), input_precision=DOT)
+    b_qa = tile(q, i_t, o_c, m_c, i_head, o_f, HEADS, F) * tl.exp2(b_b - b_r)
+    b_qb = b_qa * tl.exp2(b_r)
+    b_o = tl.dot(b_qb.to(OP), b_h.to(OP), input_precision=DOT)
+    b_den = tl.sum(b_qb * b_z[None, :], 1) + eps
+    b_ka = (tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r - b_b)).to(OP)
+    b_p = tl.dot(b_qa.to(OP), tl.trans(b_ka), input_precision=DOT)
     causal = tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
     b_p = tl.where(causal, b_p, 0.0)
-    b_qb = b_q * tl.exp2(b_b)
     b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V).to(OP)
-    b_o = tl.dot(b_qb.to(OP), b_h.to(OP), input_precision=DOT)
     b_o += tl.dot(b_p.to(OP), b_v, input_precision=DOT)
     if NORMALISE:
-        b_den = tl.sum(b_p, 1) + tl.sum(b_qb * b_z[None, :], 1) + eps
+        b_den += tl.sum(b_p, 1)
         b_o = b_o / b_den[:, None]
         if i_v == 0:
             tl.store(den + i_t * HEADS + i_head + o_c * HEADS, b_den, mask=m_c)
@@ -187,8 +194,8 @@ def forward_outputs(
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of every chunk; grid (chunks, H, blocks of values)."""
-    i_c, i_head, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Outputs of every chunk; grid (chunks blocks of values, H)."""
+    (i_c, i_v), i_head = spread(V, BV), tl.program_id(1)
     i_n, i_s = tl.load(owner + i_c), i_head // G
     if i_n >= sequences:
         return
@@ -218,8 +225,9 @@ def forward_whole(
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, GIVEN: tl.constexpr,
     OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Both passes in one, the state never leaving the chip; grid (N S, blocks of values)."""
-    i_n, i_s, i_v = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1)
+    """Both passes in one, the state never leaving the chip; grid (N S blocks of values)."""
+    i_ns, i_v = spread(V, BV)
+    i_n, i_s = i_ns // S, i_ns % S
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     o_c, o_f, o_g = tl.arange(0, C), tl.arange(0, BF), tl.arange(0, BG)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -233,6 +241,8 @@ def forward_whole(
                 q, k, v, o, den, b_h, b_z, b_g, b_b, i_t, o_c, m_c, i_s * G + i_g, i_s, o_f, o_v,
                 i_v, eps, S * G, S, F, V, C, NORMALISE, SCALE, OP, DOT,
             )  # fmt: skip
+        # Read again rather than kept: there are no registers for both halves at once.
+        b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
         b_k = tile(k, i_t, o_c, m_c, i_s, o_f, S, F)
         b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V)
         b_h, b_z = _advanced(b_h, b_z, b_k, b_v, b_b, tl.sum(b_g, 0), OP, DOT)
@@ -246,8 +256,9 @@ def forward_steps(
     BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """One token after another, for few of them; grid (N S, blocks of values)."""
-    i_n, i_s, i_v = tl.program_id(0) // S, tl.program_id(0) % S, tl.program_id(1)
+    """One token after another, for few of them; grid (N S blocks of values)."""
+    i_ns, i_v = spread(V, BV)
+    i_n, i_s = i_ns // S, i_ns % S
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     o_f, o_g = tl.arange(0, BF), tl.arange(0, BG)
     o_v = i_v * BV + tl.arange(0, BV)

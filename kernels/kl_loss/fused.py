@@ -17,7 +17,7 @@ from edgekit.errors import UsageError
 from edgekit.kernels.kl_loss import programs
 from edgekit.kernels.kl_loss.reference import IGNORE
 from edgekit.kernels.offline import Build
-from edgekit.kernels.precision import full_precision
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD, full_precision
 
 __all__ = ["builds", "vocabulary_loss"]
 
@@ -113,7 +113,7 @@ class _VocabularyLoss(torch.autograd.Function):
         if size:
             grid = (triton.cdiv(size, block),)
             sizes = dict(zip(("CE", "KL"), ctx.asked, strict=True), BLOCK=block, num_warps=warps)
-            programs.combine[grid](grads, by_ce, by_kl, result, size, **sizes)
+            programs.combine[grid](grads, by_ce, by_kl, result, size, **sizes, **FUSED_MULTIPLY_ADD)
         return result, None, None, None, None, None, None
 
 
@@ -145,6 +145,7 @@ def _make_losses(
         **constants,
         GRADIENTS=gradients,
         num_warps=SETTINGS[logits.element_size()][1],
+        **FUSED_MULTIPLY_ADD,
     )
 
 

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import interpreted
-from edgekit.kernels.offline import Build
+from edgekit.kernels.offline import WARP_GROUP_ROWS, Build
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 from edgekit.kernels.spin_attention import programs
 
 __all__ = ["builds", "spin_attention"]
@@ -36,20 +37,20 @@ class _Setting:
 # By the bytes of an element and the width of a head that they are for at most.
 SETTINGS = {
     (2, 64): _Setting(rows=128, keys=64, warps=8, stages=3),
-    (2, 128): _Setting(rows=128, keys=64, warps=8, stages=3),
-    (2, 256): _Setting(rows=64, keys=32, warps=8, stages=2),
-    (4, 64): _Setting(rows=64, keys=32, warps=4, stages=2),
-    (4, 128): _Setting(rows=64, keys=32, warps=8, stages=2),
-    (4, 256): _Setting(rows=32, keys=32, warps=8, stages=1),
+    (2, 128): _Setting(rows=64, keys=32, warps=8, stages=2),
+    (2, 256): _Setting(rows=64, keys=16, warps=8, stages=2),
+    (4, 64): _Setting(rows=32, keys=32, warps=4, stages=2),
+    (4, 128): _Setting(rows=32, keys=16, warps=8, stages=2),
+    (4, 256): _Setting(rows=32, keys=16, warps=8, stages=1),
 }
 # The same where there are no more than FEWEST rows: one token of a text that goes on.
 STEPS = {
     (2, 64): _Setting(rows=16, keys=64, warps=4, stages=3),
     (2, 128): _Setting(rows=16, keys=64, warps=4, stages=3),
     (2, 256): _Setting(rows=16, keys=32, warps=4, stages=3),
-    (4, 64): _Setting(rows=16, keys=64, warps=4, stages=2),
+    (4, 64): _Setting(rows=16, keys=64, warps=8, stages=2),
     (4, 128): _Setting(rows=16, keys=32, warps=4, stages=2),
-    (4, 256): _Setting(rows=16, keys=32, warps=4, stages=1),
+    (4, 256): _Setting(rows=16, keys=16, warps=8, stages=1),
 }
 SHIPPED = tuple(product((("bf16", 2), ("fp32", 4)), (64, 128, 256)))  # dtypes, widths
 PACKED = 16  # words that a program of `pack` writes
@@ -174,9 +175,11 @@ def _attended(
         **plan.constants(parts),
         num_warps=setting.warps,
         num_stages=setting.stages,
+        **FUSED_MULTIPLY_ADD,
     )
     if parts > 1:
         sizes = {"D": width, "BD": _block(width), "BP": triton.next_power_of_2(parts)}
+        sizes |= FUSED_MULTIPLY_ADD
         rows = mass.numel()
         programs.merge[(rows,)](pieces, masses, total, output, mass, rows, parts, **sizes)
     return output, mass
@@ -219,7 +222,14 @@ def _packed(image: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tenso
     bits = torch.empty((1 + len(left), batch, words), dtype=torch.int64, device=image.device)
     grid = (triton.cdiv(words, PACKED), batch)
     programs.pack[grid](
-        flags, (*left, flags)[0], bits[0], bits[-1], keys, PADDED=bool(left), ROWS=PACKED
+        flags,
+        (*left, flags)[0],
+        bits[0],
+        bits[-1],
+        keys,
+        PADDED=bool(left),
+        ROWS=PACKED,
+        **FUSED_MULTIPLY_ADD,
     )
     return bits[0], bits[-1]
 
@@ -271,6 +281,7 @@ def _build(plan: _Plan, dtype: str, parts: int) -> Build:
         warps=plan.setting.warps,
         stages=plan.setting.stages,
         tensor_cores=dtype == "bf16",
+        warp_groups=plan.setting.rows >= WARP_GROUP_ROWS,
     )
 
 
