@@ -6,7 +6,7 @@ import torch
 
 from edgekit.distill.heldout import perplexity
 from edgekit.distill.stage import TorchBatch
-from edgekit.distill.teaching import Autocast, View, show_layers, squared_errors
+from edgekit.distill.teaching import Autocast, View, show_layers, squared_error
 from edgekit.models.decoder import Decoder
 
 __all__ = ["layer_errors", "perplexities", "state_bytes"]
@@ -48,7 +48,7 @@ def layer_errors(
             column, heads = layers.index(view.layer), view.heads.double()
             moments[:, column] += torch.stack((heads.mean(), heads.square().mean())).cpu()
             for name, student in students.items():
-                error = squared_errors(student, view, autocast).item() / heads.numel()
+                error = squared_error(student, view, autocast).item() / heads.numel()
                 found[name][number, column] = error
 
         batch = TorchBatch(row[None], row[None], None)

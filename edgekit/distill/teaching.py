@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from edgekit.distill.stage import TorchBatch
+from edgekit.kernels.attention_mse import attention_mse
 from edgekit.mixers.base import MixerContext
 from edgekit.models.decoder import Decoder, DecoderLayer, step_context
 
-__all__ = ["View", "show_layers", "squared_errors"]
+__all__ = ["View", "show_layers", "squared_error"]
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -56,14 +57,11 @@ def show_layers(
             visit(View(layer=i, inputs=inputs, heads=heads, context=context))
 
 
-def squared_errors(student: Decoder, view: View, autocast: Autocast) -> torch.Tensor:
-    """Squared error of the student's heads in the layer of `view`, summed per row, fp32 `[N]`."""
+def squared_error(student: Decoder, view: View, autocast: Autocast) -> torch.Tensor:
+    """Squared error of the student's heads in the layer of `view`, summed, an fp32 scalar."""
     with autocast():
         answer, _ = student.layers[view.layer].self_attn.mix(view.inputs, view.context)
-    error = (answer.float() - view.heads.float()).square()
-    if view.context.mask is not None:
-        error = error * view.context.mask[..., None]
-    return error.flatten(1).sum(dim=1)
+    return attention_mse(answer, view.heads, view.context.mask)
 
 
 def _rest(layer: DecoderLayer, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from edgekit.distill.recipe import Transfer
 from edgekit.distill.stage import Group, TorchBatch
-from edgekit.distill.teaching import View, show_layers, squared_errors
+from edgekit.distill.teaching import View, show_layers, squared_error
 from edgekit.models.decoder import Decoder
 
 __all__ = ["TransferStage"]
@@ -123,7 +123,7 @@ class TransferStage:
             This share of the layer's normalised loss, fp32, without a dimension.
         """
         index = self.layers.index(view.layer)
-        error = squared_errors(self._student, view, self._autocast).sum()
+        error = squared_error(self._student, view, self._autocast)
         count, variance = positions * view.heads.shape[-1], self._variance[index]
         paper = PAPER_FACTOR / (len(self.layers) * count)
         weight = paper if self._config.weighting == "paper" else 1.0 / (count * variance.item())

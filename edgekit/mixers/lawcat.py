@@ -21,7 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgekit.kernels.conv_feature.reference import causal_conv, feature_map
+from edgekit.kernels.conv_feature import conv_feature
+from edgekit.kernels.conv_feature.limits import in_bf16
+from edgekit.kernels.conv_feature.reference import feature_map
 from edgekit.kernels.gla import gla
 from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
 from edgekit.kernels.precision import full_precision, widened
@@ -55,17 +57,22 @@ class Mixer(TokenMixer):
         """Read `x [B, T, D]` in the form `context.form`; padding is a no-op."""
         options = self.config.lawcat
         q, k, v, g = self._projected(x, context)
-        after: State = {}
-        if options.conv:
-            q, k, after["conv"] = self._convolved(q, k, context, state)
-        q, k = self._mapped(q, k)
+        # Tensor cores take 16 bits; elsewhere a product of 32 bits costs no more.
+        narrow = x.is_cuda and context.form == "chunked" and in_bf16(x)
+        q, k, after = self._features(q, k, context, state, torch.bfloat16 if narrow else None)
         if context.mask is not None:
             valid = context.mask[..., None, None].to(k.dtype)
-            k, g = k * valid, g * valid
+            k, g = k * valid, g * valid.to(g.dtype)
         entering = None if state is None else state["ssm"]
         with full_precision(x):
             y, after["ssm"] = FORMS[context.form](
-                q, k, widened(v), g, entering, eps=options.eps, normalise=options.normaliser
+                q,
+                k,
+                v if narrow else widened(v),
+                g,
+                entering,
+                eps=options.eps,
+                normalise=options.normaliser,
             )
         return self.gated(y, context).to(x.dtype), after
 
@@ -81,23 +88,33 @@ class Mixer(TokenMixer):
         k, v, g = (y.repeat_interleave(repeat, dim=2) for y in (k, v, self.log_decay(x)))
         return q, k, v, g
 
-    def _convolved(
-        self, q: torch.Tensor, k: torch.Tensor, context: MixerContext, state: State | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Convolved q and k, and the tail of the convolution."""
-        heads, d = self.config.num_heads, self.config.head_dim
-        taps = torch.cat((self.conv_q.weight, self.conv_k.weight))
-        channels = torch.cat((q.flatten(2), k.flatten(2)), dim=2)
-        past = None if state is None else state["conv"]
-        mixed, tail = causal_conv(channels, taps, past, context.mask)
-        both = mixed.reshape(*mixed.shape[:2], -1, d)
-        return both[:, :, :heads], both[:, :, heads:], tail
-
-    def _mapped(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """phi(q) `[B, T, H, F]` and phi(k) `[B, T, S, F]`."""
+    def _features(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        context: MixerContext,
+        state: State | None,
+        dtype: torch.dtype | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, State]:
+        """phi(q) `[B, T, H, F]` and phi(k) `[B, T, S, F]`, convolved; the convolutions' state."""
         groups = self.config.num_heads // self.config.state_heads
         weight = self.feature_map.weight
-        return feature_map(q, weight.repeat_interleave(groups, dim=0)), feature_map(k, weight)
+        for_q = weight.repeat_interleave(groups, dim=0)
+        if not self.config.lawcat.conv:
+            return feature_map(q, for_q), feature_map(k, weight), {}
+        tails: tuple[torch.Tensor | None, ...] = (None, None)
+        if state is not None:
+            channels = [q.shape[2] * q.shape[3], k.shape[2] * k.shape[3]]
+            tails = state["conv"].split(channels, dim=1)
+        given = ((q, self.conv_q, for_q, tails[0]), (k, self.conv_k, weight, tails[1]))
+        (q, k), after = zip(
+            *(
+                conv_feature(x, taps.weight, matrix, tail, context.mask, dtype=dtype)
+                for x, taps, matrix, tail in given
+            ),
+            strict=True,
+        )
+        return q, k, {"conv": torch.cat(after, dim=1)}
 
     def log_decay(self, x: torch.Tensor) -> torch.Tensor:
         """Log decay max(logsigmoid(gate(x)) / divisor, floor), `[B, T, Hkv, F]`."""

@@ -130,7 +130,9 @@ class _FusedGla(torch.autograd.Function):
         states = (h, z, after, by_after, dh, dz, carry, by_state)
         arguments = (q, g, by_output, den, de, *states, offsets, first)
         plan.launch("backward_states", (count * plan.states,), *arguments)
-        dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        shares = plan.gate_shares
+        dg = g.new_empty((shares, *g.shape), dtype=torch.float32 if shares > 1 else g.dtype)
         read, table = (q, k, v, g, by_output, den, de), (offsets, first, owner, count)
         plan.launch("backward_queries", (len(owner), plan.heads), *read, h, z, dq, *table)
         by_values = ctx.needs_input_grad[2]  # frozen in the first stage of distillation
@@ -141,6 +143,7 @@ class _FusedGla(torch.autograd.Function):
         if by_values and not together:
             plan.launch("backward_values", grid, q, k, g, by_output, den, dh, dv, *table)
         state_too = by_state if plan.given else None
+        dg = (dg.sum(0) if shares > 1 else dg[0]).to(g.dtype)
         return (dq, dk, dv if by_values else None, dg, state_too, None, None, None, None)
 
 
@@ -234,14 +237,14 @@ def _fills_the_chip(plan: Plan, sequences: int, q: torch.Tensor) -> bool:
 
 
 def builds() -> tuple[Build, ...]:
-    """What is shipped, as it runs in training: bf16, a gate per feature or per head, 64 or 128."""
+    """What is shipped: bf16, 64 or 128 wide; gates per feature in fp32 or bf16, or per head."""
     return tuple(
-        _build(plan, program, architectures)
+        _build(_shipped_plan(width, gates or width, chunk), program, dtype, architectures)
         for chunk, architectures in ((SMALL_CHUNK, (80,)), (CHUNK, (90, 100)))
         for width in SETTINGS
-        for plan in (_shipped_plan(width, width, chunk), _shipped_plan(width, 1, chunk))
+        for gates, dtype in ((None, "fp32"), (None, "bf16"), (1, "bf16"))
         for program in SETTINGS[width]
-        if not (program == "backward_values" and plan.values_with_keys)
+        if not (program == "backward_values" and width <= 64)
     )
 
 
@@ -261,17 +264,20 @@ def _shipped_plan(width: int, gates: int, chunk: int) -> Plan:
     )
 
 
-def _build(plan: Plan, program: str, architectures: tuple[int, ...]) -> Build:
+def _build(plan: Plan, program: str, gates: str, architectures: tuple[int, ...]) -> Build:
     wide = {"z", "dz", "carry", "den", "de", "state", "after", "by_after", "by_state"}
     whole = {"offsets", "first", "owner"}
     constants = plan.constants(program, with_values=plan.values_with_keys)
-    types = {"eps": "fp32", "sequences": "i32"}
-    for name in program_of(program).arg_names:
+    types = {"eps": "fp32", "sequences": "i32", "g": f"*{gates}"}
+    names = program_of(program).arg_names
+    types |= {"dg": "*fp32" if plan.gate_shares > 1 else types["g"]}
+    types = {name: kind for name, kind in types.items() if name in names}
+    for name in names:
         if name not in constants and name not in types:
             types[name] = "*fp32" if name in wide else "*i32" if name in whole else "*bf16"
     setting = plan.setting(program)
     return Build(
-        name=f"gla {program}, width {plan.features}, {plan.gates} gates",
+        name=f"gla {program}, width {plan.features}, {plan.gates} gates {gates}",
         program=program_of(program),
         types=types,
         constants=constants,

@@ -57,7 +57,7 @@ SETTINGS: Mapping[int, Mapping[str, Setting]] = {
         "backward_values": Setting(4, 1, 64, 64),
     },
     128: {
-        "forward_states": Setting(8, 3, 64, 128),
+        "forward_states": Setting(8, 2, 32, 128),
         "forward_outputs": Setting(8, 2, 128, 64),
         "forward_whole": Setting(8, 2, 128, 32, chunk=32),
         "forward_steps": Setting(4, 1, 128, 64),
@@ -118,13 +118,17 @@ class Plan:
         """How it is run, its blocks no wider than the tensors and its chunk no longer than ours."""
         wide = 64 if max(self.features, self.values) <= 64 else WIDEST
         setting = SETTINGS[wide][program]
-        whole = self.gates == 1 and program == "backward_keys"  # it sums over all features
-        features = WIDEST if whole else setting.features
         return setting._replace(
-            features=min(features, block_of(self.features)),
+            features=min(setting.features, block_of(self.features)),
             values=min(setting.values, block_of(self.values)),
             chunk=min(setting.chunk, self.chunk),
         )
+
+    @property
+    def gate_shares(self) -> int:
+        """Programs that a gate's gradient is the sum of."""
+        whole = self.gates > 1
+        return 1 if whole else blocks_of(self.features, self.setting("backward_keys").features)
 
     @property
     def values_with_keys(self) -> bool:
@@ -143,7 +147,6 @@ class Plan:
             "C": setting.chunk,
             "BF": setting.features,
             "BV": setting.values,
-            "BG": 1 if self.gates == 1 else setting.features,
             "BOUND": GATE_BOUND,
             "WITH_VALUES": with_values,
             "NORMALISE": self.eps is not None,

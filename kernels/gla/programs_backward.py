@@ -68,7 +68,7 @@ def _agreement(b_h, b_z, b_dh, b_dz):
 def backward_states(
     q, g, do, den, de, h, z, after, by_after, dh, dz, carry, by_state, offsets, first,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state leaving every chunk, and of the first; grid (N S blocks of features).
@@ -81,7 +81,6 @@ def backward_states(
     i_first = tl.load(first + i_n)
     count = tl.cdiv(end - begin, C).to(tl.int32)
     o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
-    o_g = o_f if BG == BF else tl.arange(0, BG)
     m_f = o_f < F
     m_h = m_f[:, None] & (o_v[None, :] < V)
     b_dh, b_dz = entering(by_after, i_n, i_s, o_f, o_v, S, F, V, True, BF, BV)
@@ -94,7 +93,7 @@ def backward_states(
         tl.store(carry + i_row + o_f, b_carry, mask=m_f)
         i_t = begin + i * C
         m_c = o_c < end - i_t
-        b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+        b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
         by_decay = tl.exp2(tl.sum(b_g, 0))
         b_dh, b_dz = b_dh * by_decay[:, None], b_dz * by_decay
         for i_g in range(G):
@@ -116,18 +115,18 @@ def backward_states(
 def backward_queries(
     q, k, v, g, do, den, de, h, z, dq, offsets, first, owner, sequences,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q in every chunk; grid (chunks blocks of features, H)."""
-    (i_c, i_f), i_head = spread(F, BF), tl.program_id(1)
+    i_c, i_f = spread(F, BF)
+    i_head = tl.program_id(1)
     i_n, i_s = tl.load(owner + i_c), i_head // G
     if i_n >= sequences:
         return
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_t = begin + (i_c - tl.load(first + i_n)) * C
     o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
-    o_g = o_f if BG == BF else tl.arange(0, BG)
     m_c, m_f = o_c < end - i_t, o_f < F
     p_row = (i_c.to(tl.int64) * S + i_s) * F
     b_dn, b_de = _by_numerator(do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE)
@@ -139,7 +138,7 @@ def backward_queries(
     b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V).to(OP)
     b_dp = tl.dot(b_dn, tl.trans(b_v), input_precision=DOT) + b_de[:, None]
     b_dp = tl.where(o_c[:, None] >= o_c[None, :], b_dp, 0.0)
-    b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+    b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
     b_r = before_middle(b_g, C)[None, :]
     b_ka = (tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r - b_b)).to(OP)
     b_dq = b_dq * tl.exp2(b_r) + tl.dot(b_dp.to(OP), b_ka, input_precision=DOT)
@@ -151,29 +150,29 @@ def backward_queries(
 def backward_keys(
     q, k, v, g, do, den, de, dh, dz, carry, dq, dk, dv, dg, offsets, first, owner, sequences,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     WITH_VALUES: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
     OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and g in every chunk, from those of q; grid (chunks blocks of features, S).
 
-    With one block of features those of v come at little cost.
+    With one block of features those of v come at little cost. One gate per head gets a share from
+    every block: `dg [blocks, tokens, S]`.
     """
-    (i_c, i_f), i_s = spread(F, BF), tl.program_id(1)
+    i_c, i_f = spread(F, BF)
+    i_s = tl.program_id(1)
     i_n = tl.load(owner + i_c)
     if i_n >= sequences:
         return
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_t = begin + (i_c - tl.load(first + i_n)) * C
     o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
-    o_g = o_f if BG == BF else tl.arange(0, BG)
     m_c, m_f = o_c < end - i_t, o_f < F
     p_row = (i_c.to(tl.int64) * S + i_s) * F
     m_h = m_f[:, None] & (o_v[None, :] < V)
     p_dh = dh + p_row * V + o_f[:, None] * V + o_v[None, :]
     b_dh = tl.load(p_dh, mask=m_h, other=0.0).to(OP)
-    b_raw = tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES)
-    b_g, b_b = decay(b_raw, BOUND)
+    b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
     b_r, b_last = before_middle(b_g, C), tl.sum(b_g, 0)
     # Keys as the middle row sees them; what is far from it is brought there by one factor a column.
     b_kr = tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r[None, :] - b_b)
@@ -183,14 +182,12 @@ def backward_keys(
     b_dk += tl.load(dz + p_row + o_f, mask=m_f, other=0.0)[None, :]
     b_dk = b_dk * onward
     early = o_c[:, None] <= o_c[None, :]
-    b_dg = tl.zeros([C, BF], dtype=tl.float32)
     if WITH_VALUES:
         b_ka = b_kr.to(OP)
         b_dv = tl.dot((b_kr * onward).to(OP), b_dh, input_precision=DOT)
     for i_g in range(G):
         i_head = i_s * G + i_g
         b_q = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F)
-        b_dg += b_q * tile(dq, i_t, o_c, m_c, i_head, o_f, S * G, F)
         b_qa = (b_q * tl.exp2(b_b - b_r[None, :])).to(OP)
         b_dn, b_de = _by_numerator(
             do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
@@ -203,33 +200,46 @@ def backward_keys(
         b_dk += tl.dot(tl.where(early, b_dpt, 0.0).to(OP), b_qa, input_precision=DOT)
     if WITH_VALUES:
         put(dv, b_dv, i_t, o_c, m_c, i_s, o_v, S, V)
-    b_dg -= b_kr * b_dk
-    put(dk, b_dk * tl.exp2(b_r[None, :] - b_b), i_t, o_c, m_c, i_s, o_f, S, F)
+    # Read again rather than kept: k, g and q of the chunk are in the cache, and registers are not.
+    b_dk = b_dk * tl.exp2(b_r[None, :] - b_b)
+    put(dk, b_dk, i_t, o_c, m_c, i_s, o_f, S, F)
+    b_dg = -tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * b_dk
+    for i_g in range(G):
+        i_head = i_s * G + i_g
+        b_q = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F)
+        b_dg += b_q * tile(dq, i_t, o_c, m_c, i_head, o_f, S * G, F)
     b_carry = tl.load(carry + p_row + o_f, mask=m_f, other=0.0)
     b_dg = tl.cumsum(b_dg, 0, reverse=True) + b_carry[None, :]
     if GATES == 1:
-        b_dg = tl.sum(b_dg, 1)[:, None]
-    put(dg, tl.where(b_raw < -BOUND, 0.0, b_dg), i_t, o_c, m_c, i_s, o_g, S, GATES)
+        at = i_t * S + i_s + o_c * S
+        b_raw = tl.load(g + at, mask=m_c, other=0.0).to(tl.float32)
+        b_dg = tl.where(b_raw < -BOUND, 0.0, tl.sum(b_dg, 1))
+        p_part = dg + i_f * tl.load(offsets + sequences).to(tl.int64) * S
+        tl.store(p_part + at, b_dg.to(dg.dtype.element_ty), mask=m_c)
+    else:
+        b_raw = tile(g, i_t, o_c, m_c, i_s, o_f, S, GATES)
+        put(dg, tl.where(b_raw < -BOUND, 0.0, b_dg), i_t, o_c, m_c, i_s, o_f, S, GATES)
 
 
 @triton.jit
 def backward_values(
     q, k, g, do, den, dh, dv, offsets, first, owner, sequences,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of v in every chunk; grid (chunks blocks of values, S)."""
-    (i_c, i_v), i_s = spread(V, BV), tl.program_id(1)
+    i_c, i_v = spread(V, BV)
+    i_s = tl.program_id(1)
     i_n = tl.load(owner + i_c)
     if i_n >= sequences:
         return
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_t = begin + (i_c - tl.load(first + i_n)) * C
-    o_c, o_f, o_g = tl.arange(0, C), tl.arange(0, BF), tl.arange(0, BG)
+    o_c, o_f = tl.arange(0, C), tl.arange(0, BF)
     o_v = i_v * BV + tl.arange(0, BV)
     m_c, m_h = o_c < end - i_t, (o_f < F)[:, None] & (o_v[None, :] < V)
-    b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+    b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
     b_r = before_middle(b_g, C)[None, :]
     b_kr = tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r - b_b)
     p_dh = dh + (i_c.to(tl.int64) * S + i_s) * F * V + o_f[:, None] * V + o_v[None, :]

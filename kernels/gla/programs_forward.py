@@ -8,10 +8,10 @@ Backward mirrors them: states again, their gradients in reverse, then every chun
     h [chunks, S, F, V]    values' state entering each chunk       z [chunks, S, F]    keys' sum
     dh, dz                 gradients of the state leaving it       den [tokens, H]     n_t[V] + eps
 
-Sizes: S state heads, G query heads of each, C tokens of a chunk, F features, V values; BF, BV and
-BG are blocks of features, values and gates (1 for one gate per head). Gates are clamped at -BOUND,
-so that every factor of a chunk, measured from its middle row, stays finite. `OP` is the type of
-what enters matrix products; no result of one is ever transposed.
+Sizes: S state heads, G query heads of each, C tokens of a chunk, F features, V values; BF and
+BV are blocks of features and values. GATES is F, or 1 for one gate per head. Gates are clamped at
+-BOUND, so that every factor of a chunk, measured from its middle row, stays finite. `OP` is the
+type of what enters matrix products; no result of one is ever transposed.
 """
 
 import triton
@@ -66,15 +66,27 @@ def put(
 
 
 @triton.jit
-def decay(g, BOUND: tl.constexpr):
-    """Log decay in base 2, clamped, and its inclusive sum over the chunk."""
-    b_g = tl.maximum(g, -BOUND) * LOG2E
+def decay(
+    g, i_t, o_c, m_c, i_head, o_f,
+    HEADS: tl.constexpr, GATES: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """Log decay in base 2, clamped, and its inclusive sum over the chunk, `[C, BF]`.
+
+    One gate per head counts for all features: what is `[C, 1]` finds too few registers, and Triton
+    3.6 cannot sum along it.
+    """
+    if GATES == 1:
+        at = i_t * HEADS + i_head + o_c[:, None] * HEADS + (o_f * 0)[None, :]
+        b_g = tl.load(g + at, mask=m_c[:, None], other=0.0).to(tl.float32)
+    else:
+        b_g = tile(g, i_t, o_c, m_c, i_head, o_f, HEADS, GATES)
+    b_g = tl.maximum(b_g, -BOUND) * LOG2E
     return b_g, tl.cumsum(b_g, 0)
 
 
 @triton.jit
 def before_middle(b_g, C: tl.constexpr):
-    """What has decayed before the chunk's middle row: the anchor, `[BG]`."""
+    """What has decayed before the chunk's middle row: the anchor, `[BF]`."""
     early = tl.arange(0, C)[:, None] < C // 2
     return tl.sum(tl.where(early, b_g, 0.0), 0)
 
@@ -137,7 +149,7 @@ def put_state(
 def forward_states(
     k, v, g, state, h, z, after, offsets, first,
     S: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr, C: tl.constexpr,
-    BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     GIVEN: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """States entering every chunk and after the last; grid (N S blocks of features)."""
@@ -146,13 +158,12 @@ def forward_states(
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
     i_first = tl.load(first + i_n)
     o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
-    o_g = o_f if BG == BF else tl.arange(0, BG)
     b_h, b_z = entering(state, i_n, i_s, o_f, o_v, S, F, V, GIVEN, BF, BV)
     for i in range(tl.cdiv(end - begin, C).to(tl.int32)):
         put_state(h, z, b_h, b_z, i_first + i, i_s, o_f, o_v, S, F, V)
         i_t = begin + i * C
         m_c = o_c < end - i_t
-        b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+        b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
         b_k = tile(k, i_t, o_c, m_c, i_s, o_f, S, F)
         b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V)
         b_h, b_z = _advanced(b_h, b_z, b_k, b_v, b_b, tl.sum(b_g, 0), OP, DOT)
@@ -191,11 +202,12 @@ def _chunk_output(
 def forward_outputs(
     q, k, v, g, h, z, o, den, offsets, first, owner, sequences, eps,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Outputs of every chunk; grid (chunks blocks of values, H)."""
-    (i_c, i_v), i_head = spread(V, BV), tl.program_id(1)
+    i_c, i_v = spread(V, BV)
+    i_head = tl.program_id(1)
     i_n, i_s = tl.load(owner + i_c), i_head // G
     if i_n >= sequences:
         return
@@ -203,14 +215,14 @@ def forward_outputs(
     i_t = begin + (i_c - tl.load(first + i_n)) * C
     o_c = tl.arange(0, C)
     m_c = o_c < end - i_t
-    o_f, o_g = tl.arange(0, BF), tl.arange(0, BG)
+    o_f = tl.arange(0, BF)
     o_v = i_v * BV + tl.arange(0, BV)
     i_row = (i_c.to(tl.int64) * S + i_s) * F + o_f
     m_f = o_f < F
     m_h = m_f[:, None] & (o_v[None, :] < V)
     b_h = tl.load(h + i_row[:, None] * V + o_v[None, :], mask=m_h, other=0.0).to(tl.float32)
     b_z = tl.load(z + i_row, mask=m_f, other=0.0)
-    b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+    b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
     _chunk_output(
         q, k, v, o, den, b_h, b_z, b_g, b_b, i_t, o_c, m_c, i_head, i_s, o_f, o_v, i_v, eps,
         S * G, S, F, V, C, NORMALISE, SCALE, OP, DOT,
@@ -221,7 +233,7 @@ def forward_outputs(
 def forward_whole(
     q, k, v, g, state, o, den, after, offsets, eps,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, GIVEN: tl.constexpr,
     OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -229,20 +241,20 @@ def forward_whole(
     i_ns, i_v = spread(V, BV)
     i_n, i_s = i_ns // S, i_ns % S
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
-    o_c, o_f, o_g = tl.arange(0, C), tl.arange(0, BF), tl.arange(0, BG)
+    o_c, o_f = tl.arange(0, C), tl.arange(0, BF)
     o_v = i_v * BV + tl.arange(0, BV)
     b_h, b_z = entering(state, i_n, i_s, o_f, o_v, S, F, V, GIVEN, BF, BV)
     for i in range(tl.cdiv(end - begin, C).to(tl.int32)):
         i_t = begin + i * C
         m_c = o_c < end - i_t
-        b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+        b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
         for i_g in range(G):
             _chunk_output(
                 q, k, v, o, den, b_h, b_z, b_g, b_b, i_t, o_c, m_c, i_s * G + i_g, i_s, o_f, o_v,
                 i_v, eps, S * G, S, F, V, C, NORMALISE, SCALE, OP, DOT,
             )  # fmt: skip
         # Read again rather than kept: there are no registers for both halves at once.
-        b_g, b_b = decay(tile(g, i_t, o_c, m_c, i_s, o_g, S, GATES), BOUND)
+        b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
         b_k = tile(k, i_t, o_c, m_c, i_s, o_f, S, F)
         b_v = tile(v, i_t, o_c, m_c, i_s, o_v, S, V)
         b_h, b_z = _advanced(b_h, b_z, b_k, b_v, b_b, tl.sum(b_g, 0), OP, DOT)
@@ -253,20 +265,21 @@ def forward_whole(
 def forward_steps(
     q, k, v, g, state, o, after, offsets, eps,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
-    BF: tl.constexpr, BV: tl.constexpr, BG: tl.constexpr, BOUND: tl.constexpr,
+    BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """One token after another, for few of them; grid (N S blocks of values)."""
     i_ns, i_v = spread(V, BV)
     i_n, i_s = i_ns // S, i_ns % S
     begin, end = tl.load(offsets + i_n).to(tl.int64), tl.load(offsets + i_n + 1).to(tl.int64)
-    o_f, o_g = tl.arange(0, BF), tl.arange(0, BG)
+    o_f = tl.arange(0, BF)
     o_v = i_v * BV + tl.arange(0, BV)
-    m_f, m_g, m_v = o_f < F, o_g < GATES, o_v < V
+    m_f, m_v = o_f < F, o_v < V
+    o_g = o_f if GATES == F else o_f * 0
     b_h, b_z = entering(state, i_n, i_s, o_f, o_v, S, F, V, GIVEN, BF, BV)
     for i in range((end - begin).to(tl.int32)):
         i_row = (begin + i) * S + i_s
-        b_g = tl.load(g + i_row * GATES + o_g, mask=m_g, other=0.0).to(tl.float32)
+        b_g = tl.load(g + i_row * GATES + o_g, mask=m_f, other=0.0).to(tl.float32)
         b_k = tl.load(k + i_row * F + o_f, mask=m_f, other=0.0).to(tl.float32)
         b_v = tl.load(v + i_row * V + o_v, mask=m_v, other=0.0).to(tl.float32)
         by_decay = tl.exp2(tl.maximum(b_g, -BOUND) * LOG2E)

@@ -89,6 +89,8 @@ CASES = {
     "groups of three": Case(heads=6, states=2, time=66),
     "batch": Case(batch=3, time=65),
     "widths that fill no block": Case(features=20, gates=20, values=9, time=70),
+    "wider than a block": Case(features=80, gates=80, values=72, time=70),
+    "wider than a block, one gate": Case(features=80, gates=1, values=72, time=70),
     "without a denominator": Case(normalise=False),
     "packed": Case(cu_seqlens=(0, 1, 66, 66, 130)),
     "packed, one gate": Case(cu_seqlens=(0, 64, 67, 130), gates=1),
