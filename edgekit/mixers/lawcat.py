@@ -105,7 +105,7 @@ class Mixer(TokenMixer):
         tails: tuple[torch.Tensor | None, ...] = (None, None)
         if state is not None:
             channels = [q.shape[2] * q.shape[3], k.shape[2] * k.shape[3]]
-            tails = state["conv"].split(channels, dim=1)
+            tails = torch.split(state["conv"], channels, dim=1)
         given = ((q, self.conv_q, for_q, tails[0]), (k, self.conv_k, weight, tails[1]))
         (q, k), after = zip(
             *(
