@@ -75,12 +75,12 @@ def check(case: Case, device: str) -> None:
         assert_close(name, wanted, found, ratio=tolerance)
 
 
-TIMES = (1, 2, 3, 63, 130)
 CASES = {
-    **{f"T {t}": Case(time=t) for t in TIMES},
-    "T 500, chunk 64": Case(time=500, heads=1),
-    "chunk 16": Case(time=63, chunk=16),
-    "chunk 32": Case(time=63, chunk=32),
+    **{
+        f"T {time}, chunk {chunk}": Case(time=time, chunk=chunk, heads=1 if time > 130 else 2)
+        for time in (1, 2, 3, 63, 130, 500)
+        for chunk in (16, 32, 64)
+    },
     "one gate a head": Case(gates=1),
     "without gates": Case(gate=0.0),
     "gates at the bound": Case(gate=-2.5),

@@ -1,0 +1,57 @@
+"""The reference of gated linear attention: gradients, one gate per head, packed sequences."""
+
+import itertools
+
+import pytest
+import torch
+
+from edgekit.kernels.gla import chunked, gla, reference
+from edgekit.testing import TOLERANCE, assert_close
+
+FORMS = {
+    "recurrent": reference.recurrent_gla,
+    "parallel": reference.parallel_gla,
+    "chunked": reference.chunked_gla,
+    "by-hand": chunked.chunked_gla,
+    "dispatched": gla,
+}
+
+
+def inputs(time: int, gates: int, sequences: int = 1) -> list[torch.Tensor]:
+    """H = 4, S = 2, F = 3, V = 2, in fp64, requiring gradients."""
+    q, k, v, g = (
+        torch.rand(1, time, heads, width, dtype=torch.float64) + 0.1
+        for heads, width in ((4, 3), (2, 3), (2, 2), (2, gates))
+    )
+    state = torch.rand(sequences, 2, 3, 3, dtype=torch.float64) + 0.1
+    return [x.requires_grad_() for x in (q, k, v, (-g).detach(), state)]
+
+
+@pytest.mark.parametrize("gates", [3, 1], ids=["a gate per feature", "a gate per head"])
+@pytest.mark.parametrize("normalise", [True, False], ids=["normalised", "scaled"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_differences(form: str, normalise: bool, gates: int) -> None:
+    leaves = inputs(5, gates)
+    assert torch.autograd.gradcheck(lambda *x: FORMS[form](*x, normalise=normalise), leaves)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_packed_sequences(form: str) -> None:
+    borders = torch.tensor([0, 1, 1, 4])
+    leaves = inputs(4, 3, sequences=3)
+    assert torch.autograd.gradcheck(lambda *x: FORMS[form](*x, cu_seqlens=borders), leaves)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_sequences_do_not_meet(form: str) -> None:
+    borders = [0, 1, 66, 66, 70]
+    packed = inputs(70, 3, sequences=4)
+    output, after = FORMS[form](*packed, cu_seqlens=torch.tensor(borders))
+    for n, (start, end) in enumerate(itertools.pairwise(borders)):
+        state = packed[4][n : n + 1]
+        if start == end:
+            assert torch.equal(after[n : n + 1], state)
+            continue
+        alone = FORMS[form](*(x[:, start:end] for x in packed[:4]), state)
+        assert_close("output", alone[0], output[:, start:end], ratio=TOLERANCE["float64"])
+        assert_close("state", alone[1], after[n : n + 1], ratio=TOLERANCE["float64"])
