@@ -7,11 +7,14 @@
 Every form of an op must first agree with its reference in fp64, gradients included, on a small and
 awkward shape; one that does not is reported as wrong and not timed. The floor of a pass is the
 longer of two times: of the bytes that must move, at the bandwidth of a large copy, and of the
-operations in its products, at the rate of a large product; both are measured here, first. It writes
-`bench.jsonl`, `bench.md` and `bench.png`.
+operations in its products, at the rate of a large product; both are measured here, first. It
+writes `bench.jsonl`, `bench.md` and, where matplotlib is installed, `bench.png`. Nothing else is
+needed but torch and Triton; peers are timed where they are installed (flash-linear-attention:
+`fla-core` and `einops`; Liger-Kernel: `liger-kernel`).
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -338,7 +341,8 @@ def _made(args: argparse.Namespace, command: str) -> str:
     (args.output / "bench.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = _as_markdown(device, rows, command)
     (args.output / "bench.md").write_text(text, encoding="utf-8")
-    _draw(rows, args.output / "bench.png")
+    if importlib.util.find_spec("matplotlib") is not None:
+        _draw(rows, args.output / "bench.png")
     return text.rstrip("\n")
 
 
