@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from edgekit.command import guarded, module_parser, parsed
 from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
+from edgekit.kernels.transposed import transposed_products
 from edgekit.markdown import markdown_table
 
 __all__ = [
@@ -79,6 +80,7 @@ class Resources:
         shared: bytes of shared memory per program.
         warp_group_products: HGMMA instructions, the tensor cores of sm_90.
         warp_products: HMMA (or sm_100's UTCHMMA) instructions, the tensor cores of the others.
+        transposed: results of products that are transposed, which no program may do.
     """
 
     registers: int
@@ -86,6 +88,7 @@ class Resources:
     shared: int
     warp_group_products: int
     warp_products: int
+    transposed: tuple[str, ...]
 
 
 def compile_offline(build: Build, architecture: int) -> Resources:
@@ -112,6 +115,7 @@ def compile_offline(build: Build, architecture: int) -> Resources:
         shared=compiled.metadata.shared,
         warp_group_products=len(re.findall(r"\bHGMMA", code)),
         warp_products=len(re.findall(r"\b(?:HMMA|UTC\w*MMA|QMMA)", code)),
+        transposed=transposed_products(compiled.asm["ttir"]),
     )
 
 
