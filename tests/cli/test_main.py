@@ -2,7 +2,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,15 @@ def _absent(name, path=None, target=None):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children can be interrupted, even where the tests run as a shell's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_ends_with_130(lawcat_bundle: Path) -> None:
     command = [sys.executable, "-P", "-m", "edgekit", "run", str(lawcat_bundle), "-p", "x"]
     with subprocess.Popen(
