@@ -6,7 +6,8 @@ be seen in Triton's intermediate representation, on any machine.
 """
 
 import re
-from collections.abc import Mapping
+from collections import ChainMap
+from dataclasses import dataclass, field
 
 __all__ = ["transposed_products"]
 
@@ -22,63 +23,93 @@ def transposed_products(ir: str) -> tuple[str, ...]:
         ir: of one program, the text that `triton.compile(…).asm["ttir"]` holds.
 
     Returns:
-        The values they make; none in a program that is safe.
+        The names of the values they make; none in a program that is safe.
     """
-    sources, kinds = _graph(ir)
-    return tuple(
-        value
-        for value, kind in kinds.items()
-        if kind == "tt.trans" and _reaches_product(value, sources, kinds)
-    )
+    reader = _Reader()
+    for line in ir.splitlines():
+        reader.read(line.split(" loc(")[0].strip())
+    return tuple(v.name for v in reader.values if v.kind == "tt.trans" and _from_product(v))
 
 
-def _reaches_product(
-    value: str, sources: Mapping[str, list[str]], kinds: Mapping[str, str]
-) -> bool:
-    seen, open_values = {value}, list(sources[value])
-    while open_values:
-        at = open_values.pop()
-        kind = kinds.get(at, "")
-        if kind == "tt.dot":
+@dataclass(eq=False, slots=True)
+class _Value:
+    """What one operation makes, and from what."""
+
+    name: str
+    kind: str
+    sources: list["_Value"] = field(default_factory=list)
+
+
+def _from_product(value: _Value) -> bool:
+    seen, waiting = set(), list(value.sources)
+    while waiting:
+        at = waiting.pop()
+        if at.kind == "tt.dot":
             return True
-        if at not in seen and kind != "tt.load":
-            seen.add(at)
-            open_values += sources.get(at, [])
+        if id(at) not in seen and at.kind != "tt.load":
+            seen.add(id(at))
+            waiting += at.sources
     return False
 
 
-def _graph(ir: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """What each value is made from, through loops and branches too, and by which operation."""
-    sources: dict[str, list[str]] = {}
-    kinds: dict[str, str] = {}
-    open_regions: list[tuple[str, list[str], int]] = []  # result, carried values, yields to come
-    for line in ir.splitlines():
-        text = line.split(" loc(")[0].strip()
+@dataclass(slots=True)
+class _Region:
+    """A loop or a branch being read: what its yields become, here and in its next iteration."""
+
+    result: _Value | None = None
+    carried: list[_Value] = field(default_factory=list)
+
+
+class _Reader:
+    """Lines in, values out; a name holds until its region ends, then another may have it."""
+
+    def __init__(self) -> None:
+        self.values: list[_Value] = []
+        self._names: ChainMap[str, _Value] = ChainMap()
+        self._regions = [_Region()]
+        self._last = _Region()
+
+    def read(self, text: str) -> None:
+        """One line without its location."""
+        if text.startswith("}"):
+            self._last = self._regions.pop()
+            self._names = self._names.parents
+        opened = _Region(self._last.result) if text.startswith("} else") else _Region()
+        inside: dict[str, _Value] = {}
         made = DEFINITION.match(text)
         if made:
-            result, right = made.groups()
-            kinds[result] = right.split()[0].split("(")[0].strip('"')
-            sources[result] = re.findall(VALUE, right)
-            if kinds[result] == "scf.for":
-                carried = ITERATED.findall(right)
-                sources |= {inside: [begin] for inside, begin in carried}
-                open_regions.append((result, [inside for inside, _ in carried], 1))
-            elif kinds[result] == "scf.if":
-                open_regions.append((result, [], 2))
-        elif text.startswith("scf.yield") and open_regions:
-            _close(text, open_regions, sources)
-    return sources, kinds
+            name, right = made.groups()
+            kind = right.split()[0].split("(")[0].strip('"')
+            value = self._defined(name, kind, self._found(right))
+            opened.result = value
+            if kind == "scf.for":
+                inside = {
+                    n: self._value(n, "carried", self._found(begin))
+                    for n, begin in ITERATED.findall(right.partition("iter_args(")[2])
+                }
+                opened.carried = list(inside.values())
+        elif text.startswith("scf.yield"):
+            self._yielded(self._found(text))
+        if text.endswith("{"):
+            self._regions.append(opened)
+            self._names = self._names.new_child(inside)
 
+    def _yielded(self, values: list[_Value]) -> None:
+        """Results of a region are taken as one: what any of them is made from counts for all."""
+        region = self._regions[-1]
+        if region.result is not None:
+            region.result.sources += values
+        for carried, value in zip(region.carried, values, strict=False):
+            carried.sources.append(value)
 
-def _close(
-    text: str, open_regions: list[tuple[str, list[str], int]], sources: dict[str, list[str]]
-) -> None:
-    """Tie what the innermost region yields to its results and to its next iteration."""
-    result, carried, left = open_regions.pop()
-    if left > 1:
-        open_regions.append((result, carried, left - 1))
-    for i, value in enumerate(re.findall(VALUE, text)):
-        sources.setdefault(f"{result}#{i}", []).append(value)
-        sources[result].append(value)
-        if i < len(carried):
-            sources[carried[i]].append(value)
+    def _defined(self, name: str, kind: str, sources: list[_Value]) -> _Value:
+        value = self._names[name] = self._value(name, kind, sources)
+        return value
+
+    def _value(self, name: str, kind: str, sources: list[_Value]) -> _Value:
+        self.values.append(_Value(name, kind, sources))
+        return self.values[-1]
+
+    def _found(self, text: str) -> list[_Value]:
+        names = (name.split("#")[0] for name in re.findall(VALUE, text))
+        return [self._names[name] for name in names if name in self._names]

@@ -285,5 +285,5 @@ def _build(plan: Plan, program: str, gates: str, architectures: tuple[int, ...])
         stages=setting.stages,
         architectures=architectures,
         tensor_cores=program != "forward_steps",
-        warp_groups=program != "backward_states" or setting.features >= WARP_GROUP_ROWS,
+        warp_groups=not program.endswith("_states") or setting.features >= WARP_GROUP_ROWS,
     )
