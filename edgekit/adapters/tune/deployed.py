@@ -93,6 +93,8 @@ def measure_deployed(
     base = open_base(source)
     places = [(name, spec, engine) for name, spec in bundles.items() for engine in engines]
     tell = progress or (lambda step, number, count: None)
+    for _, spec, engine in places:
+        _opened(spec, engine)  # one that cannot be opened is told now, not after the others
     tell(REFERENCE, 0, len(places) + 1)
     tokenizer = Tokenizer(base.source.directory)
     first = score(task, load_tuned(base, adapter, "fp32"), tokenizer, examples)

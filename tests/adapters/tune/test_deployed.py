@@ -75,3 +75,15 @@ def test_bundles_that_are_refused(
         given = [part for bundle in bundles for part in ("--bundle", bundle)]
         assert main([*command, *given]) != 0
         assert told in capsys.readouterr().err
+
+
+def test_a_missing_bundle_is_told_before_the_work(
+    made: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(checkpoint), str(made / "adapter"), "--task", "sentiment", "--engine", "onnx"]
+    command += ["--test", str(made / "test.jsonl"), "-o", str(tmp_path / "out")]
+    command += ["--bundle", f"merged={made / 'merged'}", "--bundle", f"gone={made / 'gone'}"]
+    assert main(command) != 0
+    told = capsys.readouterr().err
+    assert "gone: no such bundle directory" in told
+    assert "PyTorch" not in told  # the first step
