@@ -27,9 +27,9 @@ __all__ = ["BASE", "RATES", "Benchmark", "measure"]
 Progress = Callable[[str, int, int], None]
 BASE = "base"  # the row of the model without an adapter
 RATES: Mapping[Method, tuple[float, ...]] = {
-    "aflora": (2e-3, 5e-3, 1e-2),
+    "aflora": (5e-3, 1e-2, 2e-2),
     "lora": (2e-4, 5e-4, 1e-3),
-    "vera": (5e-3, 1e-2, 2e-2),
+    "vera": (2e-2, 5e-2, 1e-1),
 }
 
 
