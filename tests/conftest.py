@@ -7,6 +7,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub reads it
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Deterministic algorithms, asked for below, warn at every product on CUDA without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest

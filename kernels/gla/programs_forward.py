@@ -80,7 +80,8 @@ def decay(
         b_g = tl.load(g + at, mask=m_c[:, None], other=0.0).to(tl.float32)
     else:
         b_g = tile(g, i_t, o_c, m_c, i_head, o_f, HEADS, GATES)
-    b_g = tl.maximum(b_g, -BOUND) * LOG2E
+    # Not `maximum`, which makes a number of NaN: a gate that diverges must show.
+    b_g = tl.where(b_g < -BOUND, -BOUND, b_g) * LOG2E
     return b_g, tl.cumsum(b_g, 0)
 
 
@@ -282,7 +283,7 @@ def forward_steps(
         b_g = tl.load(g + i_row * GATES + o_g, mask=m_f, other=0.0).to(tl.float32)
         b_k = tl.load(k + i_row * F + o_f, mask=m_f, other=0.0).to(tl.float32)
         b_v = tl.load(v + i_row * V + o_v, mask=m_v, other=0.0).to(tl.float32)
-        by_decay = tl.exp2(tl.maximum(b_g, -BOUND) * LOG2E)
+        by_decay = tl.exp2(tl.where(b_g < -BOUND, -BOUND, b_g) * LOG2E)
         b_h = b_h * by_decay[:, None] + b_k[:, None] * b_v[None, :]
         b_z = b_z * by_decay + b_k
         for i_g in range(G):

@@ -103,3 +103,23 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fused_equals_reference(case: Case, passes: Passes, device: str) -> None:
     check(replace(case, passes=passes), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("time", [1, 2, 3, 16])
+@pytest.mark.parametrize("gates", [16, 1], ids=["a gate per feature", "a gate per head"])
+def test_few_tokens_without_gradients(gates: int, time: int, device: str) -> None:
+    leaves = [x.to(device) for x in Case(time=time, gates=gates).inputs()]
+    expected = parallel_gla(*(x.double().cpu() for x in leaves))
+    for name, wanted, found in zip(NAMES, expected, fused_gla(*leaves), strict=False):
+        assert_close(name, wanted, found.cpu(), ratio=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("time", [3, 70])
+def test_a_gate_that_is_no_number_shows(time: int, device: str) -> None:
+    q, k, v, g, state = (x.to(device) for x in Case(time=time).inputs())
+    g[0, 1] = float("nan")
+    output, after = fused_gla(q.requires_grad_(time > 16), k, v, g, state)
+    assert output[:, 1:].isnan().any()
+    assert after.isnan().any()
