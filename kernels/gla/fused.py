@@ -71,10 +71,13 @@ def fused_gla(
         UsageError: for sizes above 128, a chunk that is not offered, or offsets that do not fit.
     """
     chunk = _chunk_for(q) if chunk is None else chunk
-    _check(q, v, g, chunk)
+    _check(q, k, v, g, chunk)
     given = state is not None
     plan = Plan.of(q, k, v, g, chunk, eps if normalise else None, given)
     offsets = sequence_offsets(q, cu_seqlens)
+    entering = (len(offsets) - 1, plan.states, plan.features, plan.values + 1)
+    if state is not None and state.shape != entering:
+        raise UsageError(f"state {list(state.shape)} given; allowed: {list(entering)}")
     if state is None:
         state = q.new_zeros(0)
     if plan.time <= FEWEST and not _needs_gradients(q, k, v, g, state):
@@ -213,7 +216,15 @@ def _chunk_for(q: torch.Tensor) -> int:
     return SMALL_CHUNK if early else CHUNK
 
 
-def _check(q: torch.Tensor, v: torch.Tensor, g: torch.Tensor, chunk: int) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, chunk: int) -> None:
+    if k.shape[:3] != v.shape[:3] or k.shape[:3] != g.shape[:3] or k.shape[3] != q.shape[3]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v, g))
+        raise UsageError(
+            f"q, k, v, g {shapes} given; allowed: [B, T, H, F], [B, T, S, F], [B, T, S, V] and "
+            "[B, T, S, F or 1]"
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[2] % k.shape[2]:
+        raise UsageError(f"{q.shape[2]} heads given; allowed: a multiple of {k.shape[2]} states")
     widest = max(q.shape[3], v.shape[3])
     if widest > WIDEST:
         raise UsageError(f"{widest} features or values given; allowed: {WIDEST} at most")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from edgekit.errors import UsageError
 from edgekit.kernels.gla.fused import Passes, fused_gla
 from edgekit.kernels.gla.reference import parallel_gla
 from edgekit.testing import TOLERANCE, assert_close
@@ -123,3 +124,15 @@ def test_a_gate_that_is_no_number_shows(time: int, device: str) -> None:
     output, after = fused_gla(q.requires_grad_(time > 16), k, v, g, state)
     assert output[:, 1:].isnan().any()
     assert after.isnan().any()
+
+
+@pytest.mark.interp
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v, g, state = Case(time=20, heads=3, states=1).inputs()
+    fused_gla(q, k, v, g, state)
+    with pytest.raises(UsageError, match="multiple of 2"):
+        fused_gla(q, *(x.expand(-1, -1, 2, -1) for x in (k, v, g)))
+    with pytest.raises(UsageError, match=r"\[B, T, S, V\]"):
+        fused_gla(q, k, v[:, :9], g)
+    with pytest.raises(UsageError, match="state"):
+        fused_gla(q, k, v, g, state, cu_seqlens=torch.tensor([0, 9, 20]))
