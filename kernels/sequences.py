@@ -31,7 +31,7 @@ def sequence_offsets(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.
             f"cu_seqlens {list(cu_seqlens.shape)} given for a batch of {batch}; allowed: a list of "
             "N + 1 offsets for a batch of 1"
         )
-    return cu_seqlens.to(torch.int32)
+    return cu_seqlens.to(torch.int32).contiguous()  # programs count from its first element
 
 
 def chunk_table(
@@ -53,7 +53,7 @@ def chunk_table(
     lengths = offsets.diff()
     first = torch.zeros_like(offsets)
     first[1:] = ((lengths + chunk - 1) // chunk).cumsum(0)
-    most = tokens // chunk + count if packed else count * -(-tokens // (count * chunk))
+    most = tokens // chunk + count if packed else count * -(-tokens // (max(count, 1) * chunk))
     every = torch.arange(most, dtype=torch.int32, device=offsets.device)
     owner = torch.searchsorted(first[1:].contiguous(), every, right=True, out_int32=True)
     return first, owner

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from edgekit.kernels.gla import chunked, gla, reference
+from edgekit.kernels.sequences import chunk_table, sequence_offsets
 from edgekit.testing import TOLERANCE, assert_close
 
 FORMS = {
@@ -55,3 +56,15 @@ def test_packed_sequences_do_not_meet(form: str) -> None:
         alone = FORMS[form](*(x[:, start:end] for x in packed[:4]), state)
         assert_close("output", alone[0], output[:, start:end], ratio=TOLERANCE["float64"])
         assert_close("state", alone[1], after[n : n + 1], ratio=TOLERANCE["float64"])
+
+
+def test_borders_out_of_a_table_are_read_in_order() -> None:
+    table = torch.tensor([[0, 9], [3, 9], [7, 9]], dtype=torch.int32)
+    offsets = sequence_offsets(torch.zeros(1, 7, 1, 1), table[:, 0])
+    assert offsets.is_contiguous()
+    assert offsets.tolist() == [0, 3, 7]
+
+
+def test_no_sequence_has_no_chunk() -> None:
+    first, owner = chunk_table(torch.zeros(1, dtype=torch.int32), 0, 64, packed=False)
+    assert (first.tolist(), owner.tolist()) == ([0], [])
