@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-__all__ = ["FUSED_MULTIPLY_ADD", "full_precision", "widened"]
+__all__ = ["FUSED_MULTIPLY_ADD", "full_precision", "in_bf16", "widened"]
 
 # Stated at every launch: Triton 3.10 is to change what it does where nothing is said.
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
@@ -21,3 +21,12 @@ def full_precision(x: torch.Tensor) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(x.device.type):  # such as the meta device
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def in_bf16(x: torch.Tensor) -> bool:
+    """Whether products with `x` are in bf16: it is, or autocast makes them so."""
+    device = x.device.type
+    if x.dtype == torch.bfloat16 or not torch.amp.is_autocast_available(device):
+        return x.dtype == torch.bfloat16
+    cast = torch.get_autocast_dtype(device)
+    return torch.is_autocast_enabled(device) and cast == torch.bfloat16

@@ -67,21 +67,21 @@ class _Reader:
         self.values: list[_Value] = []
         self._names: ChainMap[str, _Value] = ChainMap()
         self._regions = [_Region()]
-        self._last = _Region()
 
     def read(self, text: str) -> None:
         """One line without its location."""
+        opened = _Region()
         if text.startswith("}"):
-            self._last = self._regions.pop()
+            closed = self._regions.pop()
             self._names = self._names.parents
-        opened = _Region(self._last.result) if text.startswith("} else") else _Region()
+            if text.startswith("} else"):  # the other branch makes the same result
+                opened.result = closed.result
         inside: dict[str, _Value] = {}
         made = DEFINITION.match(text)
         if made:
             name, right = made.groups()
             kind = right.split()[0].split("(")[0].strip('"')
-            value = self._defined(name, kind, self._found(right))
-            opened.result = value
+            opened.result = self._names[name] = self._value(name, kind, self._found(right))
             if kind == "scf.for":
                 inside = {
                     n: self._value(n, "carried", self._found(begin))
@@ -101,10 +101,6 @@ class _Reader:
             region.result.sources += values
         for carried, value in zip(region.carried, values, strict=False):
             carried.sources.append(value)
-
-    def _defined(self, name: str, kind: str, sources: list[_Value]) -> _Value:
-        value = self._names[name] = self._value(name, kind, sources)
-        return value
 
     def _value(self, name: str, kind: str, sources: list[_Value]) -> _Value:
         self.values.append(_Value(name, kind, sources))

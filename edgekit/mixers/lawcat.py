@@ -22,11 +22,10 @@ from torch import nn
 from torch.nn import functional
 
 from edgekit.kernels.conv_feature import conv_feature
-from edgekit.kernels.conv_feature.limits import in_bf16
 from edgekit.kernels.conv_feature.reference import feature_map
 from edgekit.kernels.gla import gla
 from edgekit.kernels.gla.reference import parallel_gla, recurrent_gla
-from edgekit.kernels.precision import full_precision, widened
+from edgekit.kernels.precision import full_precision, in_bf16, widened
 from edgekit.mixers.base import MixerConfig, MixerContext, State, TokenMixer
 from edgekit.mixers.graph import Graph
 

@@ -10,11 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from edgekit.errors import UsageError
 from edgekit.kernels.conv_feature import programs
-from edgekit.kernels.conv_feature.limits import declined, in_bf16
+from edgekit.kernels.conv_feature.limits import declined
 from edgekit.kernels.conv_feature.reference import FEATURE_FLOOR, check_arguments
 from edgekit.kernels.dispatch import interpreted
 from edgekit.kernels.offline import Build
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD, widened
+from edgekit.kernels.precision import FUSED_MULTIPLY_ADD, in_bf16, widened
 from edgekit.kernels.sequences import chunk_table, sequence_offsets
 
 __all__ = ["builds", "conv_feature"]

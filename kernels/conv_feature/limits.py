@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["declined", "in_bf16"]
+__all__ = ["declined"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_FEATURES = 128  # a tile holds all columns of a head
@@ -22,12 +22,3 @@ def declined(
         allowed = f"up to {MOST_FEATURES} and {MOST_TAPS}"
         return f"f = {features} and K = {count} given; allowed: {allowed}"
     return None
-
-
-def in_bf16(x: torch.Tensor) -> bool:
-    """Whether products with `x` are in bf16: it is, or autocast makes them so."""
-    device = x.device.type
-    if x.dtype == torch.bfloat16 or not torch.amp.is_autocast_available(device):
-        return x.dtype == torch.bfloat16
-    cast = torch.get_autocast_dtype(device)
-    return torch.is_autocast_enabled(device) and cast == torch.bfloat16

@@ -6,7 +6,7 @@ import torch
 
 from edgekit.kernels.dispatch import choose
 from edgekit.kernels.gla.chunked import chunked_gla
-from edgekit.kernels.gla.reference import GATE_BOUND, Output, recurrent_gla
+from edgekit.kernels.gla.reference import GATE_BOUND, Output, check_arguments, recurrent_gla
 
 __all__ = ["gla"]
 
@@ -28,7 +28,12 @@ def gla(
 
     Log decays below -2.5 count as -2.5 in every form but the reference: a state then keeps 8 % of
     itself after one token, and a product of factors from a chunk's middle stays finite.
+
+    Raises:
+        UsageError: if shapes do not fit.
+        UnsupportedError: if Triton is forced where it cannot run.
     """
+    check_arguments(q, k, v, g, state, cu_seqlens)
     options: dict[str, Any] = {"eps": eps, "normalise": normalise, "cu_seqlens": cu_seqlens}
     form = choose(
         "gla", q, fused=max(q.shape[3], v.shape[3]) <= WIDEST and q.dtype != torch.float64

@@ -23,7 +23,7 @@ from edgekit.kernels.gla.plan import (
     program_of,
 )
 from edgekit.kernels.gla.programs_backward import backward_rows
-from edgekit.kernels.gla.reference import Output
+from edgekit.kernels.gla.reference import Output, check_arguments
 from edgekit.kernels.offline import WARP_GROUP_ROWS, Build
 from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 from edgekit.kernels.sequences import chunk_table, sequence_offsets
@@ -71,13 +71,11 @@ def fused_gla(
         UsageError: for sizes above 128, a chunk that is not offered, or offsets that do not fit.
     """
     chunk = _chunk_for(q) if chunk is None else chunk
-    _check(q, k, v, g, chunk)
+    check_arguments(q, k, v, g, state, cu_seqlens)
+    _check(q, v, chunk)
     given = state is not None
     plan = Plan.of(q, k, v, g, chunk, eps if normalise else None, given)
     offsets = sequence_offsets(q, cu_seqlens)
-    entering = (len(offsets) - 1, plan.states, plan.features, plan.values + 1)
-    if state is not None and state.shape != entering:
-        raise UsageError(f"state {list(state.shape)} given; allowed: {list(entering)}")
     if state is None:
         state = q.new_zeros(0)
     if plan.time <= FEWEST and not _needs_gradients(q, k, v, g, state):
@@ -216,22 +214,12 @@ def _chunk_for(q: torch.Tensor) -> int:
     return SMALL_CHUNK if early else CHUNK
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, chunk: int) -> None:
-    if k.shape[:3] != v.shape[:3] or k.shape[:3] != g.shape[:3] or k.shape[3] != q.shape[3]:
-        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v, g))
-        raise UsageError(
-            f"q, k, v, g {shapes} given; allowed: [B, T, H, F], [B, T, S, F], [B, T, S, V] and "
-            "[B, T, S, F or 1]"
-        )
-    if q.shape[:2] != k.shape[:2] or q.shape[2] % k.shape[2]:
-        raise UsageError(f"{q.shape[2]} heads given; allowed: a multiple of {k.shape[2]} states")
+def _check(q: torch.Tensor, v: torch.Tensor, chunk: int) -> None:
     widest = max(q.shape[3], v.shape[3])
     if widest > WIDEST:
         raise UsageError(f"{widest} features or values given; allowed: {WIDEST} at most")
     if chunk not in (16, 32, 64):
         raise UsageError(f"chunk {chunk} given; allowed: 16, 32 or 64")
-    if g.shape[3] not in (1, q.shape[3]):
-        raise UsageError(f"gates of {g.shape[3]} rows given; allowed: 1 or {q.shape[3]}")
 
 
 def _needs_gradients(*tensors: torch.Tensor) -> bool:

@@ -32,7 +32,7 @@ WIDEST = 128  # features and values
 
 
 class Setting(NamedTuple):
-    """How a program is run: nobody but the compiler gains by another choice."""
+    """How a program is run; its results do not depend on it, but for rounding."""
 
     warps: int
     stages: int  # of the software pipeline

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from edgekit.errors import UsageError
 from edgekit.kernels.sequences import sequence_offsets
 
 __all__ = [
@@ -145,6 +146,35 @@ def chunked_gla(
         )
         pieces.append(piece)
     return _finished(torch.cat(pieces, dim=3), q, eps, normalise), running
+
+
+def check_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Check what `recurrent_gla` was given.
+
+    Raises:
+        UsageError: if shapes do not fit.
+    """
+    if k.shape[:3] != v.shape[:3] or k.shape[:3] != g.shape[:3] or k.shape[3] != q.shape[3]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v, g))
+        raise UsageError(
+            f"q, k, v, g {shapes} given; allowed: [B, T, H, F], [B, T, S, F], [B, T, S, V] and "
+            "[B, T, S, F or 1]"
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[2] % k.shape[2]:
+        raise UsageError(f"{q.shape[2]} heads given; allowed: a multiple of {k.shape[2]} states")
+    if g.shape[3] not in (1, q.shape[3]):
+        raise UsageError(f"gates of {g.shape[3]} rows given; allowed: 1 or {q.shape[3]}")
+    sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    entering = (sequences, *k.shape[2:], v.shape[3] + 1)
+    if state is not None and state.shape != entering:
+        raise UsageError(f"state {list(state.shape)} given; allowed: {list(entering)}")
 
 
 def over_sequences(
