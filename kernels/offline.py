@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from edgekit.command import guarded, module_parser, parsed
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
+from edgekit.kernels.launch import FUSED_MULTIPLY_ADD
 from edgekit.kernels.transposed import transposed_products
 from edgekit.markdown import markdown_table
 

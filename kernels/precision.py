@@ -1,14 +1,11 @@
-"""Where a reference must not compute in 16 bits, and what Triton may round less."""
+"""Where a reference must not compute in 16 bits, and where products are made in them."""
 
 import contextlib
 from contextlib import AbstractContextManager
 
 import torch
 
-__all__ = ["FUSED_MULTIPLY_ADD", "full_precision", "in_bf16", "widened"]
-
-# Stated at every launch: Triton 3.10 is to change what it does where nothing is said.
-FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
+__all__ = ["full_precision", "in_bf16", "widened"]
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

@@ -5,55 +5,122 @@ length, one after another. Nothing here waits for the device: a count that only 
 replaced by its upper bound, and programs beyond the count find no work.
 """
 
+import functools
+from dataclasses import dataclass
+
 import torch
 
 from edgekit.errors import UsageError
 
-__all__ = ["chunk_table", "sequence_offsets"]
+__all__ = ["Sequences", "sequence_offsets"]
 
 
-def sequence_offsets(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The first token of each sequence, and the end of the last: int32 `[N + 1]`.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sequences:
+    """The sequences of a batch.
+
+    Attributes:
+        offsets: the first token of each, and the end of the last: int32 `[N + 1]`.
+        tokens: of all of them.
+        time: of each; None: their lengths are known to the device alone.
+    """
+
+    offsets: torch.Tensor
+    tokens: int
+    time: int | None
+
+    @classmethod
+    def of(cls, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "Sequences":
+        """Those of `x [B, T, ...]`: what `sequence_offsets` says, or its rows.
+
+        Raises:
+            UsageError: as `sequence_offsets` does.
+        """
+        batch, time = x.shape[:2]
+        if cu_seqlens is None:
+            offsets = _even_offsets(batch, time, x.device)
+            return cls(offsets=offsets, tokens=batch * time, time=time)
+        return cls(offsets=sequence_offsets(x, cu_seqlens), tokens=time, time=None)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.offsets) - 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether their lengths are known to the device alone."""
+        return self.time is None
+
+    def chunks(self, length: int, *, before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which sequence each chunk belongs to; a sequence's last chunk may be shorter.
+
+        Args:
+            length: tokens of a chunk.
+            before: places that every sequence has ahead of its tokens.
+
+        Returns:
+            The first chunk of each sequence and the end of the last, int32 `[N + 1]`; and the
+            sequence of each chunk, int32 `[at least the number of chunks]`, N for those that do not
+            exist.
+        """
+        if self.time is not None:
+            return _even_chunks(len(self), self.time + before, length, self.offsets.device)
+        lengths = self.offsets.diff() + before
+        most = (self.tokens + before * len(self)) // length + len(self)
+        return _chunks(lengths, length, most)
+
+
+def sequence_offsets(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The first token of each packed sequence, and the end of the last: int32 `[N + 1]`.
 
     Args:
-        x: `[B, T, ...]`.
-        cu_seqlens: integers `[N + 1]` from 0 to T, rising, on `x`'s device; B must then be 1.
-            None: every row is a sequence.
+        x: `[1, T, ...]`.
+        cu_seqlens: integers `[N + 1]` from 0 to T, never falling, on `x`'s device. A GPU's are
+            trusted, since a look would wait for it: what belongs to no sequence is undefined there.
 
     Raises:
-        UsageError: if there are packed sequences in more than one row, or no list of offsets.
+        UsageError: if there are packed sequences in more than one row, no list of offsets, or such
+            as do not lead from 0 to T.
     """
     batch, time = x.shape[:2]
-    if cu_seqlens is None:
-        return torch.arange(batch + 1, dtype=torch.int32, device=x.device) * time
     if batch != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise UsageError(
             f"cu_seqlens {list(cu_seqlens.shape)} given for a batch of {batch}; allowed: a list of "
             "N + 1 offsets for a batch of 1"
         )
-    return cu_seqlens.to(torch.int32).contiguous()  # programs count from its first element
+    offsets = cu_seqlens.to(torch.int32).contiguous()  # programs count from its first element
+    if not offsets.is_cuda:
+        _check(offsets.tolist(), time)
+    return offsets
 
 
-def chunk_table(
-    offsets: torch.Tensor, tokens: int, chunk: int, *, packed: bool
+def _check(offsets: list[int], time: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != time or offsets != sorted(offsets):
+        raise UsageError(
+            f"cu_seqlens from {offsets[0]} to {offsets[-1]} given; allowed: offsets that lead from "
+            f"0 to {time} and never fall"
+        )
+
+
+# A model asks for the same tables in every layer and step; each costs seven small programs.
+@functools.lru_cache(maxsize=64)
+def _even_offsets(batch: int, time: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(mode=False):  # autograd refuses to keep what was made in that mode
+        return torch.arange(batch + 1, dtype=torch.int32, device=device) * time
+
+
+@functools.lru_cache(maxsize=64)
+def _even_chunks(
+    batch: int, time: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which sequence each chunk belongs to; a sequence's last chunk may be shorter.
+    with torch.inference_mode(mode=False):
+        lengths = torch.full((batch,), time, dtype=torch.int32, device=device)
+        return _chunks(lengths, length, batch * -(-time // length))
 
-    Args:
-        offsets: what `sequence_offsets` returned, `[N + 1]`.
-        tokens: of all sequences.
-        chunk: tokens of a chunk.
-        packed: whether lengths are known to the device alone.
 
-    Returns:
-        The first chunk of each sequence and the end of the last, int32 `[N + 1]`; and the sequence
-        of each chunk, int32 `[at least the number of chunks]`, N for those that do not exist.
-    """
-    count = len(offsets) - 1
-    lengths = offsets.diff()
-    first = torch.zeros_like(offsets)
-    first[1:] = ((lengths + chunk - 1) // chunk).cumsum(0)
-    most = tokens // chunk + count if packed else count * -(-tokens // (max(count, 1) * chunk))
-    every = torch.arange(most, dtype=torch.int32, device=offsets.device)
+def _chunks(lengths: torch.Tensor, length: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    first = lengths.new_zeros(len(lengths) + 1)
+    first[1:] = ((lengths + length - 1) // length).cumsum(0)
+    every = torch.arange(most, dtype=torch.int32, device=lengths.device)
     owner = torch.searchsorted(first[1:].contiguous(), every, right=True, out_int32=True)
     return first, owner

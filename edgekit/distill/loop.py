@@ -168,7 +168,7 @@ class _Stepper:
             **self._stage.summary(losses),
             "lr": self._config.lr * factor,
             "gradient_norm": norm,
-            "seconds": round(at.seconds + time.perf_counter() - started, 2),
+            "seconds": round(at.seconds + time.perf_counter() - started, 4),
         }
         at.step, at.tokens, at.seconds = at.step + 1, record["tokens"], record["seconds"]
         return record | self._evaluated(before, at)

@@ -104,13 +104,13 @@ class TransferStage:
         Returns:
             This share of each layer's normalised loss, fp32 `[layers]`, to be summed.
         """
-        losses, positions = torch.zeros(len(self.layers)), whole.positions
+        losses: dict[int, torch.Tensor] = {}
 
         def visit(view: View) -> None:
-            losses[self.layers.index(view.layer)] = self.learn(view, positions)
+            losses[view.layer] = self.learn(view, whole.positions)
 
         show_layers(self._teacher, self.layers, batch, self._autocast, visit)
-        return losses
+        return torch.stack([losses[layer] for layer in self.layers]).cpu()  # one wait for all
 
     def learn(self, view: View, positions: int) -> torch.Tensor:
         """Add one layer's gradients.
@@ -120,7 +120,7 @@ class TransferStage:
             positions: tokens of the whole step.
 
         Returns:
-            This share of the layer's normalised loss, fp32, without a dimension.
+            This share of the layer's normalised loss, fp32, without a dimension, where `view` is.
         """
         index = self.layers.index(view.layer)
         error = squared_error(self._student, view, self._autocast)
@@ -128,7 +128,7 @@ class TransferStage:
         paper = PAPER_FACTOR / (len(self.layers) * count)
         weight = paper if self._config.weighting == "paper" else 1.0 / (count * variance.item())
         (error * weight).backward()  # type: ignore[no-untyped-call]
-        return error.detach().cpu() / count / variance
+        return error.detach() / count / variance
 
     def summary(self, losses: torch.Tensor) -> dict[str, object]:
         """What a metrics record says of a step's summed losses."""

@@ -100,7 +100,8 @@ class Mixer(TokenMixer):
         weight = self.feature_map.weight
         for_q = weight.repeat_interleave(groups, dim=0)
         if not self.config.lawcat.conv:
-            return feature_map(q, for_q), feature_map(k, weight), {}
+            q, k = feature_map(q, for_q), feature_map(k, weight)
+            return q.to(dtype or q.dtype), k.to(dtype or k.dtype), {}
         tails: tuple[torch.Tensor | None, ...] = (None, None)
         if state is not None:
             channels = [q.shape[2] * q.shape[3], k.shape[2] * k.shape[3]]

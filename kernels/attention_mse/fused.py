@@ -9,17 +9,17 @@ from torch.autograd.function import once_differentiable
 from edgekit.errors import UsageError
 from edgekit.kernels.attention_mse import programs
 from edgekit.kernels.attention_mse.reference import check_arguments
+from edgekit.kernels.launch import launch, uncompiled
 from edgekit.kernels.offline import Build
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 
 __all__ = ["attention_mse", "builds"]
 
 # Positions and values of a tile: whatever the widths, they are read once, so one size serves all.
 TILE = {"BR": 16, "BW": 256}
 WARPS = 4
-LAUNCH: dict[str, Any] = {"num_warps": WARPS, **FUSED_MULTIPLY_ADD}
 
 
+@uncompiled
 def attention_mse(
     y: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -70,7 +70,8 @@ class _AttentionMse(torch.autograd.Function):
         ctx.save_for_backward(y, expected, valid)
         rows, width = _sizes(y)
         sums = y.new_empty(triton.cdiv(rows, TILE["BR"]), dtype=torch.float32)
-        programs.forward[(len(sums),)](y, expected, valid, sums, rows, W=width, **TILE, **LAUNCH)
+        arguments = (y, expected, valid, sums, rows)
+        launch(programs.forward, (len(sums),), *arguments, W=width, **TILE, num_warps=WARPS)
         return sums.sum()
 
     @staticmethod
@@ -80,7 +81,8 @@ class _AttentionMse(torch.autograd.Function):
         rows, width = _sizes(y)
         dy = torch.empty_like(y)
         grid = (triton.cdiv(rows, TILE["BR"]), triton.cdiv(width, TILE["BW"]))
-        programs.backward[grid](y, expected, valid, upstream, dy, rows, W=width, **TILE, **LAUNCH)
+        arguments = (y, expected, valid, upstream, dy, rows)
+        launch(programs.backward, grid, *arguments, W=width, **TILE, num_warps=WARPS)
         return dy, None, None
 
 

@@ -13,13 +13,12 @@ from edgekit.kernels.conv_feature import programs
 from edgekit.kernels.conv_feature.limits import declined
 from edgekit.kernels.conv_feature.reference import FEATURE_FLOOR, check_arguments
 from edgekit.kernels.dispatch import interpreted
+from edgekit.kernels.launch import block_of, launch, uncompiled
 from edgekit.kernels.offline import Build
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD, in_bf16, widened
-from edgekit.kernels.sequences import chunk_table, sequence_offsets
+from edgekit.kernels.precision import in_bf16, widened
+from edgekit.kernels.sequences import Sequences
 
 __all__ = ["builds", "conv_feature"]
-
-SMALLEST = 16  # side of a matrix product
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +56,7 @@ class _Plan:
     """What the programs of a call share.
 
     Attributes:
-        offsets: of the sequences, int32 `[N + 1]`.
-        packed: whether only the device knows their lengths.
+        sequences: of the call.
         lead: of each sequence, the padding before its first token, int32 `[N]`; None: no padding.
         last: the end of its last token, int32 `[N]`; None: no padding.
         setting: how programs are launched.
@@ -66,8 +64,7 @@ class _Plan:
         operands: dtype of what is multiplied.
     """
 
-    offsets: torch.Tensor
-    packed: bool
+    sequences: Sequences
     lead: torch.Tensor | None
     last: torch.Tensor | None
     setting: Setting
@@ -75,18 +72,19 @@ class _Plan:
     operands: torch.dtype
 
     @property
-    def sequences(self) -> int:
-        return len(self.offsets) - 1
+    def bounds(self) -> tuple[torch.Tensor | None, ...]:
+        """What every program is told of where sequences and their padding end."""
+        return self.sequences.offsets, self.lead, self.last
 
     @property
     def constants(self) -> dict[str, int]:
         """Of programs that go through tokens and columns."""
         up = self.operands == torch.float32
-        launch = {"num_warps": self.setting.warps, "num_stages": self.setting.stages}
-        launch |= FUSED_MULTIPLY_ADD
-        return {**self.sizes, "BT": self.setting.tokens, "UP": up, **launch}
+        options = {"num_warps": self.setting.warps, "num_stages": self.setting.stages}
+        return {**self.sizes, "BT": self.setting.tokens, "UP": up, **options}
 
 
+@uncompiled
 def conv_feature(
     x: torch.Tensor,
     taps: torch.Tensor,
@@ -121,7 +119,8 @@ def builds() -> tuple[Build, ...]:
     pipeline takes most shared memory.
     """
     cases = ((64, True, True), (64, True, False), (128, True, True), (128, True, False))
-    return tuple(b for case in (*cases, (64, False, True)) for b in _builds(*case))
+    stepped = tuple(b for case in (*cases, (64, False, True)) for b in _builds(*case))
+    return (*stepped, _carried_build())
 
 
 def _builds(width: int, narrow: bool, extras: bool) -> tuple[Build, ...]:
@@ -130,7 +129,7 @@ def _builds(width: int, narrow: bool, extras: bool) -> tuple[Build, ...]:
     setting, sizes = _sizes(9, width, width // 2, 4, narrow)
     kinds = dict.fromkeys(("p_x", "p_v", "p_du", "p_phi", "p_dphi", "p_dx"), f"*{operands}")
     kinds |= dict.fromkeys(("p_offsets", "p_first", "p_owner"), "*i32")
-    kinds |= {"p_dv": "*fp32", "count": "i32"}
+    kinds |= {"p_dv": "*fp32", **dict.fromkeys(("count", "chunks", "shares"), "i32")}
     optional = dict.fromkeys(("p_tail", "p_dafter", "p_dtail"), "*fp32")
     optional |= dict.fromkeys(("p_lead", "p_last"), "*i32")
     kinds |= optional if extras else {}
@@ -150,6 +149,18 @@ def _builds(width: int, narrow: bool, extras: bool) -> tuple[Build, ...]:
             tensor_cores=narrow,
         )
         for program in stepped
+    )
+
+
+def _carried_build() -> Build:
+    whole = dict.fromkeys(("p_offsets", "p_lead", "p_last"), "*i32")
+    return Build(
+        name="conv_feature carried",
+        program=programs.carried,
+        types={"p_x": "*bf16", "p_tail": "*fp32", "p_after": "*fp32", **whole},
+        constants={"H": 9, "D": 64, "K": 4, "BT": 4, "BD": 64},
+        warps=1,
+        tensor_cores=False,
     )
 
 
@@ -176,8 +187,7 @@ def _plan(
     narrow = in_bf16(x)
     setting, sizes = _sizes(x.shape[2], x.shape[3], weight.shape[2], taps.shape[1], narrow)
     return _Plan(
-        offsets=sequence_offsets(x, cu_seqlens),
-        packed=cu_seqlens is not None,
+        sequences=Sequences.of(x, cu_seqlens),
         lead=lead,
         last=last,
         setting=setting,
@@ -189,15 +199,10 @@ def _plan(
 def _sizes(
     heads: int, width: int, features: int, taps: int, narrow: bool
 ) -> tuple[Setting, dict[str, int]]:
-    columns = _power(features)
+    columns = block_of(features)
     setting = SETTINGS[max(32, columns), narrow]
-    blocks = {"BD": min(setting.inputs, _power(width)), "BF": columns}
+    blocks = {"BD": min(setting.inputs, block_of(width)), "BF": columns}
     return setting, {"H": heads, "D": width, "F": features, "K": taps, **blocks}
-
-
-def _power(size: int) -> int:
-    """The smallest side of a matrix product that holds `size`."""
-    return max(SMALLEST, int(triton.next_power_of_2(size)))
 
 
 class _ConvFeature(torch.autograd.Function):
@@ -243,10 +248,11 @@ def _features(
     plan: _Plan,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    first, owner = _chunks(plan, x, plan.setting.tokens)
+    first, owner = plan.sequences.chunks(plan.setting.tokens)
     phi = x.new_empty(*x.shape[:3], 2 * v.shape[3], dtype=dtype)
-    programs.forward[len(owner), x.shape[2]](
-        x, _some(history), v, plan.offsets, plan.lead, plan.last, first, owner, phi, plan.sequences,
+    launch(
+        programs.forward, (len(owner), x.shape[2]),
+        x, _some(history), v, *plan.bounds, first, owner, phi, len(plan.sequences),
         FLOOR=FEATURE_FLOOR, **plan.constants,
     )  # fmt: skip
     return phi
@@ -256,12 +262,13 @@ def _after(x: torch.Tensor, history: torch.Tensor | None, plan: _Plan) -> torch.
     """The last inputs of each sequence, `[N, K - 1, C]`."""
     heads, width, before = x.shape[2], x.shape[3], plan.sizes["K"] - 1
     dtype = x.dtype if history is None else torch.promote_types(x.dtype, history.dtype)
-    after = x.new_empty(plan.sequences, before, heads * width, dtype=dtype)
+    after = x.new_empty(len(plan.sequences), before, heads * width, dtype=dtype)
     if after.numel():
         sizes = {name: plan.sizes[name] for name in ("H", "D", "K", "BD")}
-        programs.carried[plan.sequences, heads, triton.cdiv(width, sizes["BD"])](
-            x, history, plan.offsets, plan.lead, plan.last, after,
-            BT=int(triton.next_power_of_2(before)), num_warps=1, **sizes, **FUSED_MULTIPLY_ADD,
+        launch(
+            programs.carried, (len(plan.sequences), heads, triton.cdiv(width, sizes["BD"])),
+            x, history, *plan.bounds, after,
+            BT=int(triton.next_power_of_2(before)), num_warps=1, **sizes,
         )  # fmt: skip
     return after
 
@@ -274,11 +281,12 @@ def _to_logits(
     plan: _Plan,
 ) -> torch.Tensor:
     """The gradient of u, `[B, T, H, f]`, in the dtype that products take."""
-    first, owner = _chunks(plan, x, plan.setting.tokens)
+    first, owner = plan.sequences.chunks(plan.setting.tokens)
     du = x.new_empty(*x.shape[:3], v.shape[3], dtype=plan.operands)
-    programs.to_logits[len(owner), x.shape[2]](
-        x, _some(history), v, plan.offsets, plan.lead, plan.last, first, owner,
-        dphi.contiguous(), du, plan.sequences, FLOOR=FEATURE_FLOOR, **plan.constants,
+    launch(
+        programs.to_logits, (len(owner), x.shape[2]),
+        x, _some(history), v, *plan.bounds, first, owner,
+        dphi.contiguous(), du, len(plan.sequences), FLOOR=FEATURE_FLOOR, **plan.constants,
     )  # fmt: skip
     return du
 
@@ -292,11 +300,12 @@ def _to_inputs(
     plan: _Plan,
 ) -> None:
     """Fill the gradients of x and of what came before it."""
-    first, owner = _chunks(plan, du, plan.setting.tokens, before=len(v) - 1)
+    first, owner = plan.sequences.chunks(plan.setting.tokens, before=len(v) - 1)
     blocks = triton.cdiv(v.shape[2], plan.sizes["BD"])
-    programs.to_inputs[len(owner), du.shape[2], blocks](
-        du, v, plan.offsets, plan.lead, plan.last, first, owner,
-        _some(dafter), dx, _some(dhistory), plan.sequences, **plan.constants,
+    launch(
+        programs.to_inputs, (len(owner), du.shape[2], blocks),
+        du, v, *plan.bounds, first, owner,
+        _some(dafter), dx, _some(dhistory), len(plan.sequences), **plan.constants,
     )  # fmt: skip
 
 
@@ -305,23 +314,16 @@ def _to_lagged(
 ) -> torch.Tensor:
     """The gradient of V, fp32 `[K, H, d, f]`."""
     setting, taps = plan.setting, plan.sizes["K"]
-    first, owner = _chunks(plan, x, setting.tokens * setting.tiles)
-    shares = x.new_empty(len(owner), taps, *x.shape[2:], du.shape[3], dtype=torch.float32)
-    programs.to_lagged[len(owner) * taps, x.shape[2], triton.cdiv(x.shape[3], plan.sizes["BD"])](
-        x, _some(history), du, plan.offsets, plan.lead, plan.last, first, owner, shares,
-        plan.sequences, TILES=setting.tiles, **plan.constants,
+    first, owner = plan.sequences.chunks(setting.tokens * setting.tiles)
+    # A share is as large as V: short sequences have one together.
+    count = min(len(owner), triton.cdiv(2 * plan.sequences.tokens, setting.tokens * setting.tiles))
+    shares = x.new_empty(count, taps, *x.shape[2:], du.shape[3], dtype=torch.float32)
+    launch(
+        programs.to_lagged, (count * taps, x.shape[2], triton.cdiv(x.shape[3], plan.sizes["BD"])),
+        x, _some(history), du, *plan.bounds, first, owner, shares,
+        len(plan.sequences), len(owner), count, TILES=setting.tiles, **plan.constants,
     )  # fmt: skip
     return shares.sum(0)
-
-
-def _chunks(
-    plan: _Plan, x: torch.Tensor, chunk: int, *, before: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`chunk_table` of sequences that are longer by `before` places."""
-    count, tokens = plan.sequences, x.shape[0] * x.shape[1]
-    steps = torch.arange(count + 1, dtype=torch.int32, device=x.device)
-    longer = plan.offsets + before * steps if before else plan.offsets
-    return chunk_table(longer, tokens + before * count, chunk, packed=plan.packed)
 
 
 def _some(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -223,26 +223,27 @@ def to_inputs(
 
 @triton.jit
 def to_lagged(
-    p_x, p_tail, p_du, p_offsets, p_lead, p_last, p_first, p_owner, p_dv, count,
+    p_x, p_tail, p_du, p_offsets, p_lead, p_last, p_first, p_owner, p_dv, count, chunks, shares,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's share of the gradient of one V_i; its TILES BT tokens are read once per lag."""
-    i_c, i, i_h = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
-    # A chunk that does not exist lies behind the last sequence and has no tile.
-    i_n = tl.minimum(tl.load(p_owner + i_c), count - 1)
-    start, length, lead, last = bounds(p_offsets, p_lead, p_last, i_n)
-    chunk_first = (i_c - tl.load(p_first + i_n)) * (TILES * BT)
-    tiles = tl.minimum(tl.cdiv(length - chunk_first, BT), TILES)
+    """A share of the gradient of one V_i: of every `shares`-th chunk, TILES BT tokens each."""
+    i_p, i, i_h = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     o_d, o_f = tl.program_id(2) * BD + tl.arange(0, BD), tl.arange(0, BF)
     m_f = (o_f < F)[None, :]
     b_dv = tl.zeros([BD, BF], tl.float32)
-    for i_t in range(tiles):
-        first = chunk_first + i_t * BT
-        b_x = places(p_x, p_tail, start, lead, last, first - i, i_n, i_h, o_d, H, D, K, BT, UP)
-        p_tile, m_tile = columns(p_du, start, length, first, i_h, o_f, H, F, BT)
-        b_du = operand(tl.load(p_tile, mask=m_tile & m_f, other=0.0), UP)
-        b_dv = tl.dot(tl.trans(b_x), b_du, b_dv, input_precision="ieee")
-    o_out = ((i_c * K + i) * H + i_h).to(tl.int64) * D + o_d
+    for i_c in range(i_p, chunks, shares):
+        # A chunk that does not exist lies behind the last sequence and has no tile.
+        i_n = tl.minimum(tl.load(p_owner + i_c), count - 1)
+        start, length, lead, last = bounds(p_offsets, p_lead, p_last, i_n)
+        chunk_first = (i_c - tl.load(p_first + i_n)) * (TILES * BT)
+        tiles = tl.minimum(tl.cdiv(length - chunk_first, BT), TILES)
+        for i_t in range(tiles):
+            first = chunk_first + i_t * BT
+            b_x = places(p_x, p_tail, start, lead, last, first - i, i_n, i_h, o_d, H, D, K, BT, UP)
+            p_tile, m_tile = columns(p_du, start, length, first, i_h, o_f, H, F, BT)
+            b_du = operand(tl.load(p_tile, mask=m_tile & m_f, other=0.0), UP)
+            b_dv = tl.dot(tl.trans(b_x), b_du, b_dv, input_precision="ieee")
+    o_out = ((i_p * K + i) * H + i_h).to(tl.int64) * D + o_d
     p_out = p_dv + (o_out * F)[:, None] + o_f[None, :]
     tl.store(p_out, b_dv, mask=(o_d < D)[:, None] & m_f)

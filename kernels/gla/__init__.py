@@ -6,11 +6,10 @@ import torch
 
 from edgekit.kernels.dispatch import choose
 from edgekit.kernels.gla.chunked import chunked_gla
+from edgekit.kernels.gla.limits import declined
 from edgekit.kernels.gla.reference import GATE_BOUND, Output, check_arguments, recurrent_gla
 
 __all__ = ["gla"]
-
-WIDEST = 128  # features or values that the Triton form takes
 
 
 def gla(
@@ -35,9 +34,7 @@ def gla(
     """
     check_arguments(q, k, v, g, state, cu_seqlens)
     options: dict[str, Any] = {"eps": eps, "normalise": normalise, "cu_seqlens": cu_seqlens}
-    form = choose(
-        "gla", q, fused=max(q.shape[3], v.shape[3]) <= WIDEST and q.dtype != torch.float64
-    )
+    form = choose("gla", q, fused=declined(q, v) is None)
     if form == "reference":
         return recurrent_gla(q, k, v, g, state, **options)
     if form == "torch":

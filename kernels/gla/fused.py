@@ -4,6 +4,7 @@ The forward pass keeps q, k, v, g, the output and its denominators; states are m
 backward pass. `README.md` has the maths and what moves through memory.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,30 +12,31 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from edgekit.errors import UsageError
+from edgekit.kernels.gla.limits import WIDEST, declined
 from edgekit.kernels.gla.plan import (
     CHUNK,
-    FEWEST,
-    SETTINGS,
+    EXACT_CHUNK,
     SMALL_CHUNK,
-    WIDEST,
     Plan,
-    block_of,
     blocks_of,
     program_of,
+    settings_of,
 )
 from edgekit.kernels.gla.programs_backward import backward_rows
 from edgekit.kernels.gla.reference import Output, check_arguments
-from edgekit.kernels.offline import WARP_GROUP_ROWS, Build
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
-from edgekit.kernels.sequences import chunk_table, sequence_offsets
+from edgekit.kernels.launch import block_of, launch, uncompiled
+from edgekit.kernels.offline import ARCHITECTURES, WARP_GROUP_ROWS, Build
+from edgekit.kernels.sequences import Sequences
 
 __all__ = ["Passes", "builds", "fused_gla"]
 
 Passes = Literal["auto", "one", "two"]
 Gradients = tuple[torch.Tensor | None, ...]
+FEW = 16  # tokens, that are read one after another where no gradient is wanted
 ROWS = 64  # of one program of `backward_rows`
 
 
+@uncompiled
 def fused_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,9 +61,10 @@ def fused_gla(
         eps: added to the denominator.
         normalise: divide by the denominator; False scales by F^-1/2.
         cu_seqlens: `[N + 1]`, of packed sequences in a batch of 1.
-        chunk: tokens of a chunk: 16, 32 or 64.
+        chunk: tokens of a chunk: 16, 32 or 64; a GPU takes 16 where it multiplies fp32.
         passes: `one` keeps the state on the chip while it makes the outputs, which needs as many
-            sequences and heads as the GPU has multiprocessors; `two` makes the states first.
+            sequences and heads as the GPU has multiprocessors, and registers, which fp32 and wide
+            groups lack; `two` makes the states first.
 
     Returns:
         The output in the wider dtype of q, k and v (16-bit inputs are multiplied as bf16, others
@@ -75,13 +78,13 @@ def fused_gla(
     _check(q, v, chunk)
     given = state is not None
     plan = Plan.of(q, k, v, g, chunk, eps if normalise else None, given)
-    offsets = sequence_offsets(q, cu_seqlens)
+    sequences = Sequences.of(q, cu_seqlens)
     if state is None:
         state = q.new_zeros(0)
-    if plan.time <= FEWEST and not _needs_gradients(q, k, v, g, state):
-        return _steps(plan, q, k, v, g, state, offsets)
-    one = passes == "one" or (passes == "auto" and _fills_the_chip(plan, len(offsets) - 1, q))
-    arguments = (q, k, v, g, state, offsets, plan, one, cu_seqlens is not None)
+    if plan.time <= FEW and not _needs_gradients(q, k, v, g, state):
+        return _steps(plan, q, k, v, g, state, sequences.offsets)
+    one = passes == "one" or (passes == "auto" and _fills_the_chip(plan, len(sequences), q))
+    arguments = (q, k, v, g, state, sequences, plan, one)
     output, after = _FusedGla.apply(*arguments)  # type: ignore[no-untyped-call]
     return output, after
 
@@ -95,15 +98,14 @@ class _FusedGla(torch.autograd.Function):
         v: torch.Tensor,
         g: torch.Tensor,
         state: torch.Tensor,
-        offsets: torch.Tensor,
+        sequences: Sequences,
         plan: Plan,
         one: bool,
-        packed: bool,
     ) -> Output:
         q, k, v, g, state = (x.contiguous() for x in (q, k, v, g, state))
-        first, owner = chunk_table(offsets, q.shape[0] * plan.time, plan.chunk, packed=packed)
+        offsets, (first, owner) = sequences.offsets, sequences.chunks(plan.chunk)
         output, den, after = _empty_results(plan, q, k, v, offsets)
-        count, eps = len(offsets) - 1, plan.eps or 0.0
+        count, eps = len(sequences), plan.eps or 0.0
         if one:
             heads = (count * plan.states,)
             plan.launch("forward_whole", heads, q, k, v, g, state, output, den, after, offsets, eps)
@@ -125,16 +127,16 @@ class _FusedGla(torch.autograd.Function):
         count = len(offsets) - 1
         after = torch.empty_like(by_after)
         h, z = _states(plan, k, v, g, state, after, offsets, first, owner)
-        de = _by_denominators(plan, output, by_output, den)
+        de, top = _by_denominators(plan, output, by_output, den)
         dh, dz = torch.empty_like(h), torch.empty_like(z)
         carry, by_state = torch.empty_like(z), torch.empty_like(by_after)
         states = (h, z, after, by_after, dh, dz, carry, by_state)
-        arguments = (q, g, by_output, den, de, *states, offsets, first)
+        arguments = (q, g, by_output, den, de, top, *states, offsets, first)
         plan.launch("backward_states", (count * plan.states,), *arguments)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         shares = plan.gate_shares
         dg = g.new_empty((shares, *g.shape), dtype=torch.float32 if shares > 1 else g.dtype)
-        read, table = (q, k, v, g, by_output, den, de), (offsets, first, owner, count)
+        read, table = (q, k, v, g, by_output, den, de, top), (offsets, first, owner, count)
         plan.launch("backward_queries", (len(owner), plan.heads), *read, h, z, dq, *table)
         by_values = ctx.needs_input_grad[2]  # frozen in the first stage of distillation
         together = by_values and plan.values_with_keys
@@ -142,10 +144,10 @@ class _FusedGla(torch.autograd.Function):
         grid = (len(owner), plan.states)
         plan.launch("backward_keys", grid, *by_keys, with_values=together)
         if by_values and not together:
-            plan.launch("backward_values", grid, q, k, g, by_output, den, dh, dv, *table)
+            plan.launch("backward_values", grid, q, k, g, by_output, den, de, top, dh, dv, *table)
         state_too = by_state if plan.given else None
         dg = (dg.sum(0) if shares > 1 else dg[0]).to(g.dtype)
-        return (dq, dk, dv if by_values else None, dg, state_too, None, None, None, None)
+        return (dq, dk, dv if by_values else None, dg, state_too, None, None, None)
 
 
 def _states(
@@ -170,14 +172,14 @@ def _states(
 
 def _by_denominators(
     plan: Plan, output: torch.Tensor, by_output: torch.Tensor, den: torch.Tensor
-) -> torch.Tensor:
-    """Gradients of the denominators, fp32 `[tokens, H]`."""
-    de = torch.empty_like(den)
-    if plan.eps is not None:
-        sizes = {"V": plan.values, "BV": block_of(plan.values), "ROWS": ROWS}
-        grid = (triton.cdiv(den.numel(), ROWS),)
-        backward_rows[grid](output, by_output, den, de, den.numel(), **sizes, **FUSED_MULTIPLY_ADD)
-    return de
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the denominators, fp32 `[tokens, H]`; the largest of any numerator's, `[1]`."""
+    de, top = torch.empty_like(den), den.new_zeros(1)
+    sizes = {"V": plan.values, "BV": block_of(plan.values), "ROWS": ROWS}
+    grid = (triton.cdiv(den.numel(), ROWS),)
+    arguments = (output, by_output, den, de, top, den.numel())
+    launch(backward_rows, grid, *arguments, **sizes, NORMALISE=plan.eps is not None)
+    return de, top
 
 
 def _steps(
@@ -215,9 +217,9 @@ def _chunk_for(q: torch.Tensor) -> int:
 
 
 def _check(q: torch.Tensor, v: torch.Tensor, chunk: int) -> None:
-    widest = max(q.shape[3], v.shape[3])
-    if widest > WIDEST:
-        raise UsageError(f"{widest} features or values given; allowed: {WIDEST} at most")
+    reason = declined(q, v)
+    if reason is not None:
+        raise UsageError(f"the Triton form of gla: {reason}. Use the form `torch`")
     if chunk not in (16, 32, 64):
         raise UsageError(f"chunk {chunk} given; allowed: 16, 32 or 64")
 
@@ -228,7 +230,7 @@ def _needs_gradients(*tensors: torch.Tensor) -> bool:
 
 def _fills_the_chip(plan: Plan, sequences: int, q: torch.Tensor) -> bool:
     """Whether one program for each sequence and head leaves few multiprocessors idle."""
-    if not q.is_cuda:
+    if not q.is_cuda or not plan.in_one_pass:
         return False
     blocks = blocks_of(plan.values, plan.setting("forward_whole").values)
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -236,15 +238,29 @@ def _fills_the_chip(plan: Plan, sequences: int, q: torch.Tensor) -> bool:
 
 
 def builds() -> tuple[Build, ...]:
-    """What is shipped: bf16, 64 or 128 wide; gates per feature in fp32 or bf16, or per head."""
-    return tuple(
-        _build(_shipped_plan(width, gates or width, chunk), program, dtype, architectures)
+    """What is shipped: bf16, 64 or 128 wide; gates per feature in fp32 or bf16, or per head.
+
+    And 64 and 128 wide in fp32, and with three query heads for each state.
+    """
+    kinds = ((None, "fp32"), (None, "bf16"), (1, "bf16"))
+    plans: list[tuple[Plan, str, tuple[int, ...]]] = [
+        (_shipped_plan(width, gates or width, chunk), kind, architectures)
         for chunk, architectures in ((SMALL_CHUNK, (80,)), (CHUNK, (90, 100)))
-        for width in SETTINGS
-        for gates, dtype in ((None, "fp32"), (None, "bf16"), (1, "bf16"))
-        for program in SETTINGS[width]
-        if not (program == "backward_values" and width <= 64)
-    )
+        for width in (64, WIDEST)
+        for gates, kind in kinds
+    ]
+    for width in (64, WIDEST):
+        plan = _shipped_plan(width, width, CHUNK)
+        exact = replace(plan, operand=torch.float32, chunk=EXACT_CHUNK)
+        grouped = replace(plan, heads=3 * plan.states)
+        plans += [(exact, "fp32", ARCHITECTURES), (grouped, "fp32", (90,))]
+    return tuple(
+        _build(plan, program, kind, architectures)
+        for plan, kind, architectures in plans
+        for program in settings_of(64 if plan.features <= 64 else WIDEST, plan.operand)
+        if not (program == "backward_values" and plan.values_with_keys)
+        if not (program == "forward_whole" and not plan.in_one_pass)
+    ) + tuple(_rows_build(width) for width in (64, WIDEST))
 
 
 def _shipped_plan(width: int, gates: int, chunk: int) -> Plan:
@@ -264,7 +280,8 @@ def _shipped_plan(width: int, gates: int, chunk: int) -> Plan:
 
 
 def _build(plan: Plan, program: str, gates: str, architectures: tuple[int, ...]) -> Build:
-    wide = {"z", "dz", "carry", "den", "de", "state", "after", "by_after", "by_state"}
+    narrow = plan.operand == torch.bfloat16
+    wide = {"z", "dz", "carry", "den", "de", "top", "state", "after", "by_after", "by_state"}
     whole = {"offsets", "first", "owner"}
     constants = plan.constants(program, with_values=plan.values_with_keys)
     types = {"eps": "fp32", "sequences": "i32", "g": f"*{gates}"}
@@ -273,16 +290,30 @@ def _build(plan: Plan, program: str, gates: str, architectures: tuple[int, ...])
     types = {name: kind for name, kind in types.items() if name in names}
     for name in names:
         if name not in constants and name not in types:
-            types[name] = "*fp32" if name in wide else "*i32" if name in whole else "*bf16"
+            others = "*bf16" if narrow else "*fp32"
+            types[name] = "*fp32" if name in wide else "*i32" if name in whole else others
     setting = plan.setting(program)
+    kind = f"{plan.features}{'' if narrow else ' fp32'}, {plan.gates} gates {gates}"
+    groups = plan.heads // plan.states
     return Build(
-        name=f"gla {program}, width {plan.features}, {plan.gates} gates {gates}",
+        name=f"gla {program}, width {kind}{f', {groups} heads a state' if groups > 1 else ''}",
         program=program_of(program),
         types=types,
         constants=constants,
         warps=setting.warps,
         stages=setting.stages,
         architectures=architectures,
-        tensor_cores=program != "forward_steps",
+        tensor_cores=narrow and program != "forward_steps",
         warp_groups=not program.endswith("_states") or setting.features >= WARP_GROUP_ROWS,
+    )
+
+
+def _rows_build(width: int) -> Build:
+    types = {"o": "*bf16", "do": "*bf16", **dict.fromkeys(("den", "de", "top"), "*fp32")}
+    return Build(
+        name=f"gla backward_rows, width {width}",
+        program=backward_rows,
+        types={**types, "rows": "i32"},
+        constants={"V": width, "BV": width, "ROWS": ROWS, "NORMALISE": True},
+        tensor_cores=False,
     )

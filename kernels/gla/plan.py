@@ -10,25 +10,23 @@ import triton.language as tl
 
 from edgekit.kernels.dispatch import interpreted
 from edgekit.kernels.gla import programs_backward, programs_forward
+from edgekit.kernels.gla.limits import WIDEST
 from edgekit.kernels.gla.reference import GATE_BOUND
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
+from edgekit.kernels.launch import block_of, launch
 
 __all__ = [
     "CHUNK",
-    "FEWEST",
-    "SETTINGS",
+    "EXACT_CHUNK",
     "SMALL_CHUNK",
-    "WIDEST",
     "Plan",
     "Setting",
-    "block_of",
     "blocks_of",
     "program_of",
+    "settings_of",
 ]
 
 CHUNK, SMALL_CHUNK = 64, 32  # tokens: from sm_90 on, and before, where 64 find too few registers
-FEWEST = 16  # rows of a matrix product; fewer tokens are read one after another
-WIDEST = 128  # features and values
+EXACT_CHUNK = 16  # where fp32 is multiplied: a longer chunk keeps kilobytes of registers in memory
 
 
 class Setting(NamedTuple):
@@ -67,6 +65,15 @@ SETTINGS: Mapping[int, Mapping[str, Setting]] = {
         "backward_values": Setting(8, 1, 128, 64),
     },
 }
+# Where fp32 is multiplied: what differs. `forward_whole` spills in every setting that was tried.
+EXACT: Mapping[int, Mapping[str, Setting]] = {
+    64: {"forward_whole": Setting(8, 2, 64, 16)},
+    128: {
+        "forward_whole": Setting(8, 1, 128, 16),
+        "backward_queries": Setting(8, 1, 32, 128),
+        "backward_keys": Setting(8, 1, 32, 128),
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +104,11 @@ class Plan:
         given: bool,
     ) -> "Plan":
         """The plan of a call; `eps` is None without a denominator, `given` if a state enters."""
+        # The interpreter does not know bf16, and fp16 has too few exponents for the anchor.
         narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in (q, k, v))
-        exact = torch.get_float32_matmul_precision() == "highest"
+        operand = torch.bfloat16 if narrow and not interpreted() else torch.float32
+        exact = operand == torch.float32 and not interpreted()
+        highest = torch.get_float32_matmul_precision() == "highest"
         return cls(
             time=q.shape[1],
             heads=q.shape[2],
@@ -106,18 +116,17 @@ class Plan:
             features=k.shape[3],
             values=v.shape[3],
             gates=g.shape[3],
-            chunk=chunk,
+            chunk=min(chunk, EXACT_CHUNK) if exact else chunk,
             eps=eps,
             given=given,
-            # The interpreter does not know bf16, and fp16 has too few exponents for the anchor.
-            operand=torch.bfloat16 if narrow and not interpreted() else torch.float32,
-            precision="ieee" if exact else "tf32",
+            operand=operand,
+            precision="ieee" if highest else "tf32",
         )
 
     def setting(self, program: str) -> Setting:
         """How it is run, its blocks no wider than the tensors and its chunk no longer than ours."""
-        wide = 64 if max(self.features, self.values) <= 64 else WIDEST
-        setting = SETTINGS[wide][program]
+        width = 64 if max(self.features, self.values) <= 64 else WIDEST
+        setting = settings_of(width, self.operand)[program]
         return setting._replace(
             features=min(setting.features, block_of(self.features)),
             values=min(setting.values, block_of(self.values)),
@@ -129,6 +138,12 @@ class Plan:
         """Programs that a gate's gradient is the sum of."""
         whole = self.gates > 1
         return 1 if whole else blocks_of(self.features, self.setting("backward_keys").features)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether `forward_whole` finds enough registers: not for fp32, nor for wide groups."""
+        wide = max(self.features, self.values) > 64
+        return self.operand == torch.bfloat16 and not (wide and self.heads > self.states)
 
     @property
     def values_with_keys(self) -> bool:
@@ -170,8 +185,10 @@ class Plan:
             else blocks_of(self.values, setting.values)
         )
         constants = self.constants(program, with_values=with_values)
-        options = {"num_warps": setting.warps, "num_stages": setting.stages, **FUSED_MULTIPLY_ADD}
-        program_of(program)[(grid[0] * split, *grid[1:])](*arguments, **constants, **options)
+        options = {"num_warps": setting.warps, "num_stages": setting.stages}
+        launch(
+            program_of(program), (grid[0] * split, *grid[1:]), *arguments, **constants, **options
+        )
 
 
 def program_of(name: str) -> Any:
@@ -179,9 +196,10 @@ def program_of(name: str) -> Any:
     return getattr(programs_forward, name, None) or getattr(programs_backward, name)
 
 
-def block_of(width: int) -> int:
-    """The power of two, 16 or more, that holds `width`."""
-    return max(FEWEST, int(triton.next_power_of_2(width)))
+def settings_of(width: int, operand: torch.dtype) -> Mapping[str, Setting]:
+    """How the programs for heads of `width`, 64 or 128, are run, by their names."""
+    differing = EXACT[width] if operand == torch.float32 else {}
+    return {**SETTINGS[width], **differing}
 
 
 def blocks_of(width: int, block: int) -> int:

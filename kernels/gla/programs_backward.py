@@ -26,34 +26,55 @@ __all__ = [
     "backward_values",
 ]
 
+MOST_RAISED = tl.constexpr(60.0)  # so that gradients of the last state do not overflow
+
 
 @triton.jit
-def backward_rows(o, do, den, de, rows, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
-    """Gradient of every denominator, -(do . o) / den; grid (blocks of rows)."""
+def backward_rows(
+    o, do, den, de, top, rows,
+    V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of every denominator, -(do . o) / den; grid (blocks of rows).
+
+    `top [1]`, 0 before, becomes the largest gradient of a numerator.
+    """
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_v = tl.arange(0, BV)
     m_r = o_r < rows
     at = o_r[:, None] * V + o_v[None, :]
     mask = m_r[:, None] & (o_v[None, :] < V)
-    b_o = tl.load(o + at, mask=mask, other=0.0).to(tl.float32)
-    b_do = tl.load(do + at, mask=mask, other=0.0).to(tl.float32)
-    b_den = tl.load(den + o_r, mask=m_r, other=1.0)
-    tl.store(de + o_r, -tl.sum(b_o * b_do, 1) / b_den, mask=m_r)
+    b_dn = tl.load(do + at, mask=mask, other=0.0).to(tl.float32)
+    if NORMALISE:
+        b_dn = b_dn / tl.load(den + o_r, mask=m_r, other=1.0)[:, None]
+        b_o = tl.load(o + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(de + o_r, -tl.sum(b_o * b_dn, 1), mask=m_r)
+    tl.atomic_max(top, tl.max(tl.abs(b_dn)), sem="relaxed")
+
+
+@triton.jit
+def _raised(top):
+    """The power of two that brings the largest gradient of a numerator to about 1.
+
+    A factor of a chunk is as small as e^-80: gradients of 1e-6 times it are no fp32 numbers.
+    """
+    b_top = tl.load(top)
+    power = tl.minimum(-tl.floor(tl.log2(b_top)), MOST_RAISED)
+    return tl.where(b_top > 0.0, tl.exp2(power), 1.0)
 
 
 @triton.jit
 def _by_numerator(
-    do, den, de, i_t, o_c, m_c, i_head, o_v,
+    do, den, de, raised, i_t, o_c, m_c, i_head, o_v,
     HEADS: tl.constexpr, V: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a query head's numerator `[C, BV]` and denominator `[C]`."""
+    """Gradients of a query head's numerator `[C, BV]` and denominator `[C]`, raised."""
     b_do = tile(do, i_t, o_c, m_c, i_head, o_v, HEADS, V)
     if NORMALISE:
         b_den = tl.load(den + i_t * HEADS + i_head + o_c * HEADS, mask=m_c, other=1.0)
-        b_de = tl.load(de + i_t * HEADS + i_head + o_c * HEADS, mask=m_c, other=0.0)
-        b_dn = b_do / b_den[:, None]
+        b_de = tl.load(de + i_t * HEADS + i_head + o_c * HEADS, mask=m_c, other=0.0) * raised
+        b_dn = b_do * (raised / b_den)[:, None]
     else:
-        b_dn = b_do * SCALE
+        b_dn = b_do * (raised * SCALE)
         b_de = tl.sum(b_do, 1) * 0.0
     return b_dn, b_de
 
@@ -66,14 +87,15 @@ def _agreement(b_h, b_z, b_dh, b_dz):
 
 @triton.jit
 def backward_states(
-    q, g, do, den, de, h, z, after, by_after, dh, dz, carry, by_state, offsets, first,
+    q, g, do, den, de, top, h, z, after, by_after, dh, dz, carry, by_state, offsets, first,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state leaving every chunk, and of the first; grid (N S blocks of features).
 
-    `carry [chunks, S, F]` is what the states after a chunk say of its decay.
+    `carry [chunks, S, F]` is what the states after a chunk say of its decay; dh, dz and carry are
+    raised.
     """
     i_ns, i_f = spread(F, BF)
     i_n, i_s = i_ns // S, i_ns % S
@@ -83,7 +105,9 @@ def backward_states(
     o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
     m_f = o_f < F
     m_h = m_f[:, None] & (o_v[None, :] < V)
+    raised = _raised(top)
     b_dh, b_dz = entering(by_after, i_n, i_s, o_f, o_v, S, F, V, True, BF, BV)
+    b_dh, b_dz = b_dh * raised, b_dz * raised
     b_h, b_z = entering(after, i_n, i_s, o_f, o_v, S, F, V, True, BF, BV)
     b_carry = _agreement(b_h, b_z, b_dh, b_dz)
     for back in range(count):
@@ -100,7 +124,7 @@ def backward_states(
             i_head = i_s * G + i_g
             b_qb = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F) * tl.exp2(b_b)
             b_dn, b_de = _by_numerator(
-                do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
+                do, den, de, raised, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
             )
             b_dh += tl.dot(tl.trans(b_qb.to(OP)), b_dn.to(OP), input_precision=DOT)
             b_dz += tl.sum(b_qb * b_de[:, None], 0)
@@ -108,12 +132,12 @@ def backward_states(
         b_h = tl.load(p_h, mask=m_h, other=0.0).to(tl.float32)
         b_z = tl.load(z + i_row + o_f, mask=m_f, other=0.0)
         b_carry = _agreement(b_h, b_z, b_dh, b_dz)
-    leave(by_state, b_dh, b_dz, i_n, i_s, o_f, o_v, 0, S, F, V)
+    leave(by_state, b_dh / raised, b_dz / raised, i_n, i_s, o_f, o_v, 0, S, F, V)
 
 
 @triton.jit
 def backward_queries(
-    q, k, v, g, do, den, de, h, z, dq, offsets, first, owner, sequences,
+    q, k, v, g, do, den, de, top, h, z, dq, offsets, first, owner, sequences,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
@@ -129,7 +153,10 @@ def backward_queries(
     o_c, o_v, o_f = tl.arange(0, C), tl.arange(0, BV), i_f * BF + tl.arange(0, BF)
     m_c, m_f = o_c < end - i_t, o_f < F
     p_row = (i_c.to(tl.int64) * S + i_s) * F
-    b_dn, b_de = _by_numerator(do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE)
+    raised = _raised(top)
+    b_dn, b_de = _by_numerator(
+        do, den, de, raised, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
+    )
     b_dn = b_dn.to(OP)
     m_h = m_f[:, None] & (o_v[None, :] < V)
     b_h = tl.load(h + p_row * V + o_f[:, None] * V + o_v[None, :], mask=m_h, other=0.0).to(OP)
@@ -142,13 +169,13 @@ def backward_queries(
     b_r = before_middle(b_g, C)[None, :]
     b_ka = (tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r - b_b)).to(OP)
     b_dq = b_dq * tl.exp2(b_r) + tl.dot(b_dp.to(OP), b_ka, input_precision=DOT)
-    b_dq = b_dq * tl.exp2(b_b - b_r)
+    b_dq = b_dq * tl.exp2(b_b - b_r) / raised
     put(dq, b_dq, i_t, o_c, m_c, i_head, o_f, S * G, F)
 
 
 @triton.jit
 def backward_keys(
-    q, k, v, g, do, den, de, dh, dz, carry, dq, dk, dv, dg, offsets, first, owner, sequences,
+    q, k, v, g, do, den, de, top, dh, dz, carry, dq, dk, dv, dg, offsets, first, owner, sequences,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     WITH_VALUES: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
@@ -174,6 +201,7 @@ def backward_keys(
     b_dh = tl.load(p_dh, mask=m_h, other=0.0).to(OP)
     b_g, b_b = decay(g, i_t, o_c, m_c, i_s, o_f, S, GATES, BOUND)
     b_r, b_last = before_middle(b_g, C), tl.sum(b_g, 0)
+    raised = _raised(top)
     # Keys as the middle row sees them; what is far from it is brought there by one factor a column.
     b_kr = tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * tl.exp2(b_r[None, :] - b_b)
     onward = tl.exp2(b_last - b_r)[None, :]
@@ -190,7 +218,7 @@ def backward_keys(
         b_q = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F)
         b_qa = (b_q * tl.exp2(b_b - b_r[None, :])).to(OP)
         b_dn, b_de = _by_numerator(
-            do, den, de, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
+            do, den, de, raised, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
         )
         b_dn = b_dn.to(OP)
         if WITH_VALUES:
@@ -199,16 +227,16 @@ def backward_keys(
         b_dpt = tl.dot(b_v, tl.trans(b_dn), input_precision=DOT) + b_de[None, :]
         b_dk += tl.dot(tl.where(early, b_dpt, 0.0).to(OP), b_qa, input_precision=DOT)
     if WITH_VALUES:
-        put(dv, b_dv, i_t, o_c, m_c, i_s, o_v, S, V)
+        put(dv, b_dv / raised, i_t, o_c, m_c, i_s, o_v, S, V)
     # Read again rather than kept: k, g and q of the chunk are in the cache, and registers are not.
-    b_dk = b_dk * tl.exp2(b_r[None, :] - b_b)
+    b_dk = b_dk * tl.exp2(b_r[None, :] - b_b) / raised
     put(dk, b_dk, i_t, o_c, m_c, i_s, o_f, S, F)
     b_dg = -tile(k, i_t, o_c, m_c, i_s, o_f, S, F) * b_dk
     for i_g in range(G):
         i_head = i_s * G + i_g
         b_q = tile(q, i_t, o_c, m_c, i_head, o_f, S * G, F)
         b_dg += b_q * tile(dq, i_t, o_c, m_c, i_head, o_f, S * G, F)
-    b_carry = tl.load(carry + p_row + o_f, mask=m_f, other=0.0)
+    b_carry = tl.load(carry + p_row + o_f, mask=m_f, other=0.0) / raised
     b_dg = tl.cumsum(b_dg, 0, reverse=True) + b_carry[None, :]
     if GATES == 1:
         at = i_t * S + i_s + o_c * S
@@ -223,7 +251,7 @@ def backward_keys(
 
 @triton.jit
 def backward_values(
-    q, k, g, do, den, dh, dv, offsets, first, owner, sequences,
+    q, k, g, do, den, de, top, dh, dv, offsets, first, owner, sequences,
     S: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, GATES: tl.constexpr,
     C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, BOUND: tl.constexpr,
     NORMALISE: tl.constexpr, SCALE: tl.constexpr, OP: tl.constexpr, DOT: tl.constexpr,
@@ -246,6 +274,7 @@ def backward_values(
     b_dh = tl.load(p_dh, mask=m_h, other=0.0).to(OP)
     b_kk = (b_kr * tl.exp2(tl.sum(b_g, 0)[None, :] - b_r)).to(OP)
     b_dv = tl.dot(b_kk, b_dh, input_precision=DOT)
+    raised = _raised(top)
     b_ka = b_kr.to(OP)
     early = o_c[:, None] <= o_c[None, :]
     for i_g in range(G):
@@ -254,7 +283,7 @@ def backward_values(
         b_qa = (b_q * tl.exp2(b_b - b_r)).to(OP)
         b_pt = tl.where(early, tl.dot(b_ka, tl.trans(b_qa), input_precision=DOT), 0.0)
         b_dn, _ = _by_numerator(
-            do, den, den, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
+            do, den, de, raised, i_t, o_c, m_c, i_head, o_v, S * G, V, NORMALISE, SCALE
         )
         b_dv += tl.dot(b_pt.to(OP), b_dn.to(OP), input_precision=DOT)
-    put(dv, b_dv, i_t, o_c, m_c, i_s, o_v, S, V)
+    put(dv, b_dv / raised, i_t, o_c, m_c, i_s, o_v, S, V)

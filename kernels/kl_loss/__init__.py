@@ -2,10 +2,9 @@
 
 import torch
 
-from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import choose
 from edgekit.kernels.kl_loss import chunked, reference
-from edgekit.kernels.kl_loss.reference import IGNORE
+from edgekit.kernels.kl_loss.reference import IGNORE, check_arguments
 
 __all__ = ["IGNORE", "vocabulary_loss"]
 
@@ -35,12 +34,10 @@ def vocabulary_loss(
         KL (times tau^2).
 
     Raises:
-        UsageError: for a temperature that is not above 0, or with neither targets nor a teacher.
+        UsageError: if shapes do not fit, the temperature is not above 0, or there are neither
+            targets nor a teacher.
     """
-    if temperature <= 0:
-        raise UsageError(f"temperature {temperature} given; allowed: above 0")
-    if targets is None and teacher_hidden is None:
-        raise UsageError("neither targets nor a teacher's states given; a loss needs one of them")
+    check_arguments(hidden, head, targets, teacher_hidden, temperature)
     arguments = (hidden, head, targets, teacher_hidden)
     form = choose("kl_loss", hidden, fused=hidden.dtype != torch.float64)
     if form == "reference":

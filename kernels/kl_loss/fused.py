@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from edgekit.errors import UsageError
 from edgekit.kernels.kl_loss import programs
-from edgekit.kernels.kl_loss.reference import IGNORE
+from edgekit.kernels.kl_loss.reference import IGNORE, check_arguments
+from edgekit.kernels.launch import launch, uncompiled
 from edgekit.kernels.offline import Build
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD, full_precision
+from edgekit.kernels.precision import full_precision
 
 __all__ = ["builds", "vocabulary_loss"]
 
@@ -39,6 +40,7 @@ SHIPPED = {
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@uncompiled
 def vocabulary_loss(
     hidden: torch.Tensor,
     head: torch.Tensor,
@@ -61,8 +63,9 @@ def vocabulary_loss(
         rows: positions at a time; None: as many as fit the cache.
 
     Raises:
-        UsageError: for another dtype.
+        UsageError: for another dtype, or shapes that do not fit.
     """
+    check_arguments(hidden, head, targets, teacher_hidden, temperature)
     if hidden.dtype not in DTYPES:
         raise UsageError(f"{hidden.dtype} given; allowed: {', '.join(map(str, DTYPES))}")
     wanted = torch.is_grad_enabled() and hidden.requires_grad
@@ -113,7 +116,7 @@ class _VocabularyLoss(torch.autograd.Function):
         if size:
             grid = (triton.cdiv(size, block),)
             sizes = dict(zip(("CE", "KL"), ctx.asked, strict=True), BLOCK=block, num_warps=warps)
-            programs.combine[grid](grads, by_ce, by_kl, result, size, **sizes, **FUSED_MULTIPLY_ADD)
+            launch(programs.combine, grid, grads, by_ce, by_kl, result, size, **sizes)
         return result, None, None, None, None, None, None
 
 
@@ -136,7 +139,9 @@ def _make_losses(
     rows = losses.shape[1]
     with_kl, with_ce = len(logits) > rows, targets is not None
     constants = _constants(logits.shape[1], logits.element_size(), with_ce, with_kl, temperature)
-    programs.loss_rows[(rows,)](
+    launch(
+        programs.loss_rows,
+        (rows,),
         logits,
         logits[-rows:],
         logits if targets is None else targets.contiguous(),
@@ -145,7 +150,6 @@ def _make_losses(
         **constants,
         GRADIENTS=gradients,
         num_warps=SETTINGS[logits.element_size()][1],
-        **FUSED_MULTIPLY_ADD,
     )
 
 

@@ -11,9 +11,10 @@ Sums, not means: the caller divides by counts that may span processes. Hinton et
 import torch
 from torch.nn import functional
 
+from edgekit.errors import UsageError
 from edgekit.kernels.precision import widened
 
-__all__ = ["IGNORE", "vocabulary_loss"]
+__all__ = ["IGNORE", "check_arguments", "vocabulary_loss"]
 
 IGNORE = -100  # target of a position that predicts nothing
 
@@ -49,3 +50,33 @@ def vocabulary_loss(
     actual = (logits / temperature).log_softmax(dim=-1)
     kl = functional.kl_div(actual, expected, log_target=True, reduction="sum")
     return ce, kl * temperature**2
+
+
+def check_arguments(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor | None,
+    teacher_hidden: torch.Tensor | None,
+    temperature: float,
+) -> None:
+    """Check what `vocabulary_loss` was given.
+
+    Raises:
+        UsageError: if shapes do not fit, the temperature is not above 0, or there are neither
+            targets nor a teacher.
+    """
+    if temperature <= 0:
+        raise UsageError(f"temperature {temperature} given; allowed: above 0")
+    if targets is None and teacher_hidden is None:
+        raise UsageError("neither targets nor a teacher's states given; a loss needs one of them")
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise UsageError(
+            f"hidden {list(hidden.shape)} and head {list(head.shape)} given; allowed: [N, D] and "
+            "[V, D]"
+        )
+    for name, given, wanted in (
+        ("targets", targets, hidden.shape[:1]),
+        ("teacher_hidden", teacher_hidden, hidden.shape),
+    ):
+        if given is not None and given.shape != wanted:
+            raise UsageError(f"{name} {list(given.shape)} given; allowed: {list(wanted)}")

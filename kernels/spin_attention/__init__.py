@@ -7,10 +7,9 @@ import torch
 from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import choose
 from edgekit.kernels.spin_attention import column, reference
+from edgekit.kernels.spin_attention.limits import declined
 
 __all__ = ["spin_attention"]
-
-WIDEST = 256  # heads that the Triton form takes
 
 
 def spin_attention(
@@ -48,10 +47,8 @@ def spin_attention(
     _check(q, k, v, image, mask, past)
     if (scale is not None and scale <= 0) or (window is not None and window < 1):
         raise UsageError(f"scale {scale} and window {window} given; allowed: above 0, or None")
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    fused = q.dtype != torch.float64 and q.shape[3] <= WIDEST and not trained
     options: dict[str, Any] = {"mask": mask, "scale": scale, "past": past, "window": window}
-    form = choose("spin_attention", q, fused=fused)
+    form = choose("spin_attention", q, fused=declined(q, k, v) is None)
     if form == "reference":
         return reference.spin_attention(q, k, v, image, **options)
     if form == "torch":

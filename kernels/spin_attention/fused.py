@@ -13,15 +13,12 @@ import triton.language as tl
 
 from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import interpreted
+from edgekit.kernels.launch import SMALLEST_SIDE, block_of, launch, uncompiled
 from edgekit.kernels.offline import WARP_GROUP_ROWS, Build
-from edgekit.kernels.precision import FUSED_MULTIPLY_ADD
 from edgekit.kernels.spin_attention import programs
+from edgekit.kernels.spin_attention.limits import WIDEST, declined
 
 __all__ = ["builds", "spin_attention"]
-
-FEWEST = 16  # rows of a matrix product, and columns
-WIDEST = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +40,7 @@ SETTINGS = {
     (4, 128): _Setting(rows=32, keys=16, warps=8, stages=2),
     (4, 256): _Setting(rows=32, keys=16, warps=8, stages=1),
 }
-# The same where there are no more than FEWEST rows: one token of a text that goes on.
+# The same where there are no more than SMALLEST_SIDE rows: one token of a text that goes on.
 STEPS = {
     (2, 64): _Setting(rows=16, keys=64, warps=4, stages=3),
     (2, 128): _Setting(rows=16, keys=64, warps=4, stages=3),
@@ -58,6 +55,7 @@ MOST_PARTS = 64  # of the keys, where rows alone do not fill the chip
 SHORTEST_PART = 4  # blocks of keys, below which putting parts together costs more
 
 
+@uncompiled
 def spin_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -88,7 +86,9 @@ def spin_attention(
     Raises:
         UsageError: for another dtype or width, or where a gradient is asked for.
     """
-    _check(q, k, v)
+    reason = declined(q, k, v)
+    if reason is not None:
+        raise UsageError(f"the Triton form of spin_attention: {reason}. Use the form `torch`")
     q, k, v = (_in_place(x.to(q.dtype)) for x in (q, k, v))
     plan = _Plan.of(q, k, mask is not None, window)
     scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -113,7 +113,7 @@ class _Plan:
     def of(cls, q: torch.Tensor, k: torch.Tensor, padded: bool, window: int | None) -> "_Plan":
         _, time, heads, width = q.shape
         groups = k.shape[2]
-        step = time * heads // groups <= FEWEST
+        step = time * heads // groups <= SMALLEST_SIDE
         table, limit = (STEPS if step else SETTINGS), 64 if width <= 64 else 128
         # The interpreter does not know bf16.
         narrow = q.element_size() == 2 and not interpreted()
@@ -133,7 +133,7 @@ class _Plan:
             "G": self.groups,
             "R": self.heads // self.groups,
             "D": self.width,
-            "BD": _block(self.width),
+            "BD": block_of(self.width),
             "BM": self.setting.rows,
             "BN": self.setting.keys,
             "WINDOW": self.sliding,
@@ -168,34 +168,22 @@ def _attended(
         masses, total = mass.new_empty((2, parts, *mass.shape)).unbind()
     part = triton.cdiv(triton.cdiv(total_keys, setting.keys), parts)
     grid = (triton.cdiv(time * heads // plan.groups, setting.rows), batch * plan.groups, parts)
-    programs.attend[grid](
+    launch(
+        programs.attend,
+        grid,
         *(q, k, v, *words, pieces, masses, total, scale),
         *(time, total_keys, past, window, part),
         *_strides(q, k, v),
         **plan.constants(parts),
         num_warps=setting.warps,
         num_stages=setting.stages,
-        **FUSED_MULTIPLY_ADD,
     )
     if parts > 1:
-        sizes = {"D": width, "BD": _block(width), "BP": triton.next_power_of_2(parts)}
-        sizes |= FUSED_MULTIPLY_ADD
+        sizes = {"D": width, "BD": block_of(width), "BP": triton.next_power_of_2(parts)}
         rows = mass.numel()
-        programs.merge[(rows,)](pieces, masses, total, output, mass, rows, parts, **sizes)
+        arguments = (pieces, masses, total, output, mass, rows, parts)
+        launch(programs.merge, (rows,), *arguments, **sizes)
     return output, mass
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.dtype not in DTYPES or q.shape[3] > WIDEST:
-        raise UsageError(
-            f"{q.dtype} heads of {q.shape[3]} given; allowed: {', '.join(map(str, DTYPES))}, "
-            f"{WIDEST} wide at most"
-        )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise UsageError(
-            "attention with image mass was asked for a gradient; its Triton form has none: enter "
-            "torch.no_grad(), or take the plain form"
-        )
 
 
 def _in_place(x: torch.Tensor) -> torch.Tensor:
@@ -221,16 +209,8 @@ def _packed(image: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tenso
     words = triton.cdiv(keys, programs.WORD.value)
     bits = torch.empty((1 + len(left), batch, words), dtype=torch.int64, device=image.device)
     grid = (triton.cdiv(words, PACKED), batch)
-    programs.pack[grid](
-        flags,
-        (*left, flags)[0],
-        bits[0],
-        bits[-1],
-        keys,
-        PADDED=bool(left),
-        ROWS=PACKED,
-        **FUSED_MULTIPLY_ADD,
-    )
+    arguments = (flags, (*left, flags)[0], bits[0], bits[-1], keys)
+    launch(programs.pack, grid, *arguments, PADDED=bool(left), ROWS=PACKED)
     return bits[0], bits[-1]
 
 
@@ -243,10 +223,6 @@ def _parts(plan: _Plan, q: torch.Tensor, keys: int) -> int:
     room = 2 * cores // (rows * q.shape[0] * plan.groups)
     longest = triton.cdiv(keys, plan.setting.keys * SHORTEST_PART)
     return int(max(1, min(room, longest, MOST_PARTS)))
-
-
-def _block(width: int) -> int:
-    return max(FEWEST, int(triton.next_power_of_2(width)))
 
 
 def builds() -> tuple[Build, ...]:
@@ -271,7 +247,7 @@ def _build(plan: _Plan, dtype: str, parts: int) -> Build:
     types = dict.fromkeys(("q", "k", "v"), f"*{dtype}")
     types |= {"image": "*i64", "tokens": "*i64", "mass": "*fp32", "total": "*fp32", "scale": "fp32"}
     types |= dict.fromkeys(programs.CHANGING, "i32")
-    kind = "tokens" if plan.setting.rows > FEWEST else "one token"
+    kind = "tokens" if plan.setting.rows > SMALLEST_SIDE else "one token"
     limits = ", padding and window" if plan.padded else ""
     return Build(
         name=f"spin_attention {kind}, width {plan.width} {dtype}{limits}",

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
+from edgekit.errors import UsageError
 from edgekit.kernels.gla import chunked, gla, reference
-from edgekit.kernels.sequences import chunk_table, sequence_offsets
+from edgekit.kernels.sequences import Sequences, sequence_offsets
 from edgekit.testing import TOLERANCE, assert_close
 
 FORMS = {
@@ -65,6 +66,33 @@ def test_borders_out_of_a_table_are_read_in_order() -> None:
     assert offsets.tolist() == [0, 3, 7]
 
 
+@pytest.mark.parametrize("borders", [[0, 3], [1, 7], [0, 5, 3, 7], [0, 9]])
+def test_borders_that_miss_a_token_are_refused(borders: list[int]) -> None:
+    with pytest.raises(UsageError, match="from 0 to 7"):
+        sequence_offsets(torch.zeros(1, 7, 1, 1), torch.tensor(borders))
+
+
 def test_no_sequence_has_no_chunk() -> None:
-    first, owner = chunk_table(torch.zeros(1, dtype=torch.int32), 0, 64, packed=False)
+    first, owner = Sequences.of(torch.zeros(0, 0, 1, 1), None).chunks(64)
     assert (first.tolist(), owner.tolist()) == ([0], [])
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("time", [1, 15, 16, 17, 40])
+def test_equal_sequences_are_cut_like_packed_ones(time: int, before: int) -> None:
+    even = Sequences.of(torch.zeros(3, time, 1, 1), None)
+    row = torch.zeros(1, 3 * time, 1, 1)
+    packed = Sequences.of(row, torch.arange(4, dtype=torch.int64) * time)
+    (first, owner), (others, owners) = (x.chunks(16, before=before) for x in (even, packed))
+    assert torch.equal(even.offsets, packed.offsets)
+    assert torch.equal(first, others)
+    assert owner.tolist() == owners.tolist()[: len(owner)]
+    assert set(owners.tolist()[len(owner) :]) <= {3}
+
+
+def test_a_table_made_without_autograd_serves_it_later() -> None:
+    x = torch.zeros(2, 37, 1, 1)
+    with torch.inference_mode():
+        made = Sequences.of(x, None)
+        tables = (made.offsets, *made.chunks(16))
+    assert not any(table.is_inference() for table in tables)

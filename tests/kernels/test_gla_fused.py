@@ -5,6 +5,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton is made for Linux on x86-64")
+
+from triton.runtime.interpreter import InterpreterBuilder
+
 from edgekit.errors import UsageError
 from edgekit.kernels.gla.fused import Passes, fused_gla
 from edgekit.kernels.gla.reference import parallel_gla
@@ -19,7 +23,12 @@ NAMES = ("output", "state", "dq", "dk", "dv", "dg", "dstate")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes of a call; `gate` is the smallest log decay."""
+    """Sizes of a call.
+
+    `gate` is the smallest log decay, `size` the largest entry of q and k, `upstream` the size of
+    the gradients, and the first `padding` tokens are padding. Errors may be `loose` times the
+    tolerance.
+    """
 
     batch: int = 1
     time: int = 130
@@ -33,10 +42,15 @@ class Case:
     normalise: bool = True
     cu_seqlens: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
+    gate_dtype: torch.dtype | None = None
+    size: float = 1.0
+    upstream: float = 1.0
+    padding: int = 0
+    loose: float = 1.0
     passes: Passes = "two"
 
     def inputs(self) -> list[torch.Tensor]:
-        """Leaves in `dtype`, the state in fp32; on the CPU."""
+        """Leaves in `dtype`, the state in fp32 as small as q and k; on the CPU."""
         random = torch.Generator().manual_seed(self.time)
 
         def drawn(*shape: int) -> torch.Tensor:
@@ -44,26 +58,24 @@ class Case:
 
         rows = (self.batch, self.time)
         sequences = self.batch if self.cu_seqlens is None else len(self.cu_seqlens) - 1
-        q = drawn(*rows, self.heads, self.features)
-        k = drawn(*rows, self.states, self.features)
+        q = drawn(*rows, self.heads, self.features) * self.size
+        k = drawn(*rows, self.states, self.features) * self.size
         v = drawn(*rows, self.states, self.values) - 0.5
         g = drawn(*rows, self.states, self.gates) * self.gate
-        state = drawn(sequences, self.states, self.features, self.values + 1)
-        return [*(x.to(self.dtype) for x in (q, k, v, g)), state]
+        state = drawn(sequences, self.states, self.features, self.values + 1) * self.size
+        k[:, : self.padding] = g[:, : self.padding] = 0.0
+        return [*(x.to(self.dtype) for x in (q, k, v)), g.to(self.gate_dtype or self.dtype), state]
 
 
 def results(form, case: Case, dtype: torch.dtype, device: str, **options) -> list[torch.Tensor]:
     """Output, state and the gradients of both, of inputs that were rounded to the case's dtype."""
-    leaves = [
-        x.to(device=device, dtype=dtype if i < 4 or dtype == torch.float64 else x.dtype)
-        for i, x in enumerate(case.inputs())
-    ]
-    leaves = [x.requires_grad_() for x in leaves]
+    exact = dtype == torch.float64
+    leaves = [x.to(device, dtype if exact else x.dtype).requires_grad_() for x in case.inputs()]
     packed = None if case.cu_seqlens is None else torch.tensor(case.cu_seqlens, device=device)
     output, state = form(*leaves, eps=1e-6, normalise=case.normalise, cu_seqlens=packed, **options)
     random = torch.Generator().manual_seed(1)
-    by_output = torch.randn(output.shape, generator=random).to(output)
-    by_state = torch.randn(state.shape, generator=random).to(state)
+    by_output = torch.randn(output.shape, generator=random).to(output) * case.upstream
+    by_state = torch.randn(state.shape, generator=random).to(state) * case.upstream
     grads = torch.autograd.grad((output, state), leaves, (by_output, by_state))
     return [x.detach().cpu() for x in (output, state, *grads)]
 
@@ -71,7 +83,7 @@ def results(form, case: Case, dtype: torch.dtype, device: str, **options) -> lis
 def check(case: Case, device: str) -> None:
     expected = results(parallel_gla, case, torch.float64, "cpu")
     actual = results(fused_gla, case, case.dtype, device, chunk=case.chunk, passes=case.passes)
-    tolerance = TOLERANCE[str(case.dtype).removeprefix("torch.")]
+    tolerance = case.loose * TOLERANCE[str(case.dtype).removeprefix("torch.")]
     for name, wanted, found in zip(NAMES, expected, actual, strict=True):
         assert_close(name, wanted, found, ratio=tolerance)
 
@@ -95,7 +107,15 @@ CASES = {
     "without a denominator": Case(normalise=False),
     "packed": Case(cu_seqlens=(0, 1, 66, 66, 130)),
     "packed, one gate": Case(cu_seqlens=(0, 64, 67, 130), gates=1),
+    "padding": Case(padding=70),
+    "small gradients at the bound": Case(gate=-2.5, upstream=1e-12),
+    "large gradients at the bound": Case(gate=-2.5, upstream=1e6),
+    "denominators near eps": Case(gate=-2.5, size=1e-4),
     "bf16": Case(dtype=torch.bfloat16, time=70),
+    "bf16 with gates in fp32": Case(dtype=torch.bfloat16, gate_dtype=torch.float32),
+    # dg is the small difference of two sums, and one of them is read from dq in bf16.
+    "bf16 at the bound": Case(dtype=torch.bfloat16, gate=-2.5, loose=2.0),
+    "fp16": Case(dtype=torch.float16, time=70),
 }
 
 
@@ -104,6 +124,34 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fused_equals_reference(case: Case, passes: Passes, device: str) -> None:
     check(replace(case, passes=passes), device)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize(("gate", "loose"), [(-0.4, 1.0), (-2.5, 2.0)])
+def test_products_of_16_bits_are_close_enough(
+    gate: float, loose: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tensor cores make them; the interpreter knows no bf16 but can round what enters."""
+    multiply = InterpreterBuilder.create_dot
+
+    def narrow(x):
+        rounded = torch.from_numpy(x.data).bfloat16().to(torch.from_numpy(x.data).dtype)
+        return type(x)(rounded.numpy(), x.dtype)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, narrow(a), narrow(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    check(Case(dtype=torch.bfloat16, gate_dtype=torch.float32, gate=gate, loose=loose), "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("time", [1, 70])
+def test_no_state_is_a_state_of_zeros(time: int, device: str) -> None:
+    *leaves, state = (x.to(device) for x in Case(time=time).inputs())
+    expected = fused_gla(*leaves, torch.zeros_like(state))
+    for name, wanted, found in zip(NAMES, expected, fused_gla(*leaves), strict=False):
+        assert_close(name, wanted.cpu(), found.cpu(), ratio=TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
