@@ -26,6 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "there is no CUDA device",
+        "interp": None if interpreted else "TRITON_INTERPRET is not 1",
+    }
+    for item in items:
+        for name, reason in missing.items():
+            if reason is not None and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is made for Linux on x86-64")
 
 from edgekit.errors import UsageError
 from edgekit.kernels.conv_feature import fused, reference

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton is made for Linux on x86-64")
+
 from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import forced
 from edgekit.kernels.kl_loss import IGNORE, chunked, fused, reference, vocabulary_loss

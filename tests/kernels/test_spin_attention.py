@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+pytest.importorskip("triton", reason="Triton is made for Linux on x86-64")
+
 from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import forced
 from edgekit.kernels.spin_attention import column, fused, reference, spin_attention
