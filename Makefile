@@ -47,7 +47,7 @@ test-gpu: $(STAMP)  ## run the Triton programs on a CUDA device
 	$(BIN)/pytest -m gpu
 
 bench-gpu: $(STAMP) corpora  ## prove and time the Triton programs on a CUDA device, and distillation with them
-	$(BIN)/python -m pip install --quiet --no-deps fla-core einops
+	$(BIN)/python -m pip install --quiet --no-deps fla-core einops liger-kernel
 	$(BIN)/pytest -m gpu
 	$(BIN)/python -m edgekit.kernels.bench -o $(BENCH)
 	$(BIN)/python -m edgekit.distill.speed smollm2-135m-instruct --data $(CORPORA)/train/brown.txt -o $(BENCH)

@@ -4,10 +4,11 @@
     python -m edgekit.kernels.bench -o bench --cpu                  a rehearsal, tiny; with
                                         TRITON_INTERPRET=1 in the environment of the programs too
 
-Every form of an op must first agree with its reference in fp64, gradients included, on a small and
-awkward shape; one that does not is reported as wrong and not timed. The floor of a pass is the
-longer of two times: of the bytes that must move, at the bandwidth of a large copy, and of the
-operations in its products, at the rate of a large product; both are measured here, first. It
+Every form of an op, and every peer that does the same, must first agree with the reference in
+fp64, gradients included, on a small and awkward shape; one that does not is reported and not
+timed. The floor of a pass is the longer of two times: of the bytes that must move, at the
+bandwidth of a large copy, and of the operations in its products, at the rate of a large product;
+both are measured here, first. Rows are in `bench.jsonl` as soon as they are made; at the end it
 writes `bench.jsonl`, `bench.md` and, where matplotlib is installed, `bench.png`. Nothing else is
 needed but torch and Triton; peers are timed where they are installed (flash-linear-attention:
 `fla-core` and `einops`; Liger-Kernel: `liger-kernel`).
@@ -42,7 +43,7 @@ from edgekit.kernels.bench_cases import (
     Shape,
     Work,
 )
-from edgekit.kernels.dispatch import interpreted
+from edgekit.kernels.dispatch import forced, interpreted
 from edgekit.markdown import markdown_table
 
 __all__ = ["Device", "Row", "main", "measure"]
@@ -104,7 +105,11 @@ class Row:
 
 
 def measure(
-    ops: Sequence[str], shapes: Sequence[Shape], device: str, told: Told | None = None
+    ops: Sequence[str],
+    shapes: Sequence[Shape],
+    device: str,
+    told: Told | None = None,
+    keep: Callable[[Device, Row], None] = lambda *_: None,
 ) -> tuple[Device, list[Row]]:
     """Prove and time every form of every op.
 
@@ -113,6 +118,7 @@ def measure(
         shapes: to time.
         device: `cuda` or `cpu`.
         told: called with a step's name, its number and the count of steps.
+        keep: called with each row as soon as it is there.
 
     Returns:
         What ran, and a row for each form and pass.
@@ -123,7 +129,9 @@ def measure(
     for number, (op, shape) in enumerate(jobs):
         if told is not None:
             told(f"{op}, {shape.name}", number, len(jobs))
-        rows += _measured(op, shape, device, known)
+        for row in _measured(op, shape, device, known):
+            keep(known, row)
+            rows.append(row)
     return known, rows
 
 
@@ -131,7 +139,7 @@ def _measured(op: str, shape: Shape, device: str, known: Device) -> Iterator[Row
     case = CASES[op]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs = case.inputs(shape, dtype, device)
-    for name, call, ours in _forms(case, device):
+    for name, call, proved in _forms(case, device):
         for backward, work in ((False, case.forward), (True, case.both)):
             if work is None:
                 continue
@@ -144,7 +152,7 @@ def _measured(op: str, shape: Shape, device: str, known: Device) -> Iterator[Row
                 floor=known.floor(work(shape)),
             )
             try:
-                note = _wrong(case, call, dtype, device) if ours else None
+                note = _wrong(case, call, dtype, device) if proved else None
                 if note is None:
                     row = replace(row, seconds=_timed(call, inputs, backward, device))
                 else:
@@ -163,9 +171,21 @@ def _forms(case: Case, device: str) -> Iterator[tuple[str, Call, bool]]:
     yield "torch", case.in_form("torch"), True
     yield "reference", case.in_form("reference"), False
     if case.compiled and device == "cuda":
-        yield "torch.compile", torch.compile(case.in_form("reference")), True
-    for name, call in case.peers.items():
-        yield name, call, False
+        yield "torch.compile", _compiled(case), True
+    for name, peer in case.peers.items():
+        yield name, peer.call, peer.same
+
+
+def _compiled(case: Case) -> Call:
+    """The reference, compiled anew for the sizes it meets first."""
+    torch.compiler.reset()
+    inner = torch.compile(case.call, dynamic=False)
+
+    def run(inputs: Inputs) -> Results:
+        with forced("reference"):
+            return inner(inputs)
+
+    return run
 
 
 def _wrong(case: Case, call: Call, dtype: torch.dtype, device: str) -> str | None:
@@ -175,7 +195,9 @@ def _wrong(case: Case, call: Call, dtype: torch.dtype, device: str) -> str | Non
     exact = {name: _exact(x) for name, x in inputs.items()}
     if "dtype" in exact:
         exact["dtype"] = torch.float64
-    wanted = _with_gradients(case.in_form("reference"), exact, case.both is not None)
+    # A peer may give the first results alone.
+    count, reference = len(call(inputs)), case.in_form("reference")
+    wanted = _with_gradients(lambda x: reference(x)[:count], exact, case.both is not None)
     found = _with_gradients(call, inputs, case.both is not None)
     worst = max(_relative(w, f) for w, f in zip(wanted, found, strict=True))
     return None if worst <= AGREES[dtype] else f"WRONG: error {worst:.1e}"
@@ -222,27 +244,31 @@ def _timed(call: Call, inputs: Inputs, backward: bool, device: str) -> tuple[flo
         torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results])
 
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    for _ in range(2):
-        once = clock(run)
-    count = max(FEWEST, min(MOST, int(BUDGET / max(once, 1e-6))))
-    return tuple(clock(run) for _ in range(count))
+    *_, once = clock(run, 2)
+    return clock(run, max(FEWEST, min(MOST, int(BUDGET / max(once, 1e-6)))))
 
 
-def _cuda_seconds(run: Callable[[], None]) -> float:
-    torch.empty(FLUSHED, dtype=torch.int8, device="cuda").zero_()
+def _cuda_seconds(run: Callable[[], None], count: int) -> tuple[float, ...]:
+    """All repetitions are queued before any is waited for, so that no launch is timed."""
     event: Any = torch.cuda.Event
-    begin, end = event(enable_timing=True), event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
+    flushed = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+    pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(count)]
+    for begin, end in pairs:
+        flushed.zero_()
+        begin.record()
+        run()
+        end.record()
     torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
+    return tuple(float(begin.elapsed_time(end)) / 1e3 for begin, end in pairs)
 
 
-def _cpu_seconds(run: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+def _cpu_seconds(run: Callable[[], None], count: int) -> tuple[float, ...]:
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return tuple(times)
 
 
 def _device(device: str) -> Device:
@@ -335,10 +361,13 @@ def _made(args: argparse.Namespace, command: str) -> str:
     if unknown:
         raise UsageError(f"op {unknown[0]!r} given; allowed: {', '.join(CASES)}")
     shapes = [replace(s, **REHEARSAL) for s in SHAPES] if args.cpu else list(SHAPES)
-    device, rows = measure(args.op, shapes, "cpu" if args.cpu else "cuda", Told())
     args.output.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"device": dump(device), **dump(row)}) for row in rows]
-    (args.output / "bench.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (args.output / "bench.jsonl").open("w", encoding="utf-8") as file:
+
+        def keep(device: Device, row: Row) -> None:
+            print(json.dumps({"device": dump(device), **dump(row)}), file=file, flush=True)
+
+        device, rows = measure(args.op, shapes, "cpu" if args.cpu else "cuda", Told(), keep)
     text = _as_markdown(device, rows, command)
     (args.output / "bench.md").write_text(text, encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:

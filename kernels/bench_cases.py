@@ -11,7 +11,18 @@ from torch.nn import functional
 from edgekit.kernels import attention_mse, conv_feature, gla, kl_loss, spin_attention
 from edgekit.kernels.dispatch import Form, forced
 
-__all__ = ["CASES", "PROVING", "SHAPES", "Call", "Case", "Inputs", "Results", "Shape", "Work"]
+__all__ = [
+    "CASES",
+    "PROVING",
+    "SHAPES",
+    "Call",
+    "Case",
+    "Inputs",
+    "Peer",
+    "Results",
+    "Shape",
+    "Work",
+]
 
 Inputs = dict[str, Any]
 Results = tuple[torch.Tensor, ...]
@@ -48,6 +59,19 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Another library's function.
+
+    Attributes:
+        call: it, which may raise ImportError.
+        same: whether its results are ours, or the first of ours; else it does less.
+    """
+
+    call: Call
+    same: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """One op.
 
@@ -56,7 +80,7 @@ class Case:
         call: the op itself, in whatever form is forced.
         forward: what the forward pass must do at least.
         both: the same of forward and backward; None: the op has no backward pass.
-        peers: the same function in other libraries, by name; each may raise ImportError.
+        peers: other libraries' functions, by name.
         compiled: whether torch.compile of the reference is of interest.
     """
 
@@ -64,7 +88,7 @@ class Case:
     call: Call
     forward: Callable[[Shape], Work]
     both: Callable[[Shape], Work] | None
-    peers: Mapping[str, Call] = field(default_factory=dict)
+    peers: Mapping[str, Peer] = field(default_factory=dict)
     compiled: bool = True
 
     def in_form(self, form: Form) -> Call:
@@ -108,6 +132,12 @@ def _fla_gla(inputs: Inputs) -> Results:
     q, k, v, g = (inputs[n] for n in "qkvg")
     output, _ = chunk_gla(q, k, _with_ones(v), g, scale=1.0)
     return (output[..., :-1] / (output[..., -1:] + 1e-6),)
+
+
+def _fla_gla_alone(inputs: Inputs) -> Results:
+    """The same kernel without any denominator, which is another function."""
+    chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
+    return (chunk_gla(*(inputs[n] for n in "qkvg"), scale=1.0)[0],)
 
 
 def _fla_scalar(inputs: Inputs) -> Results:
@@ -189,7 +219,10 @@ CASES: Mapping[str, Case] = {
         call=lambda x: (gla.gla(**x)[0],),
         forward=_tensors(5),
         both=_tensors(15),
-        peers={"flash-linear-attention": _fla_gla},
+        peers={
+            "flash-linear-attention, ones as a value": Peer(call=_fla_gla),
+            "flash-linear-attention, no denominator": Peer(call=_fla_gla_alone, same=False),
+        },
         compiled=False,
     ),
     "gla-head-gate": Case(
@@ -197,7 +230,7 @@ CASES: Mapping[str, Case] = {
         call=lambda x: (gla.gla(**x)[0],),
         forward=_tensors(4),
         both=_tensors(12),
-        peers={"flash-linear-attention": _fla_scalar},
+        peers={"flash-linear-attention, ones as a value": Peer(call=_fla_scalar)},
         compiled=False,
     ),
     "conv_feature": Case(
@@ -211,7 +244,7 @@ CASES: Mapping[str, Case] = {
         call=lambda x: kl_loss.vocabulary_loss(**x),
         forward=_products(2),
         both=_products(4),  # the gradients of both losses may be wanted apart
-        peers={"Liger-Kernel, cross-entropy alone": _liger_ce},
+        peers={"Liger-Kernel, cross-entropy alone": Peer(call=_liger_ce)},
         compiled=False,
     ),
     "attention_mse": Case(
@@ -225,7 +258,7 @@ CASES: Mapping[str, Case] = {
         call=lambda x: spin_attention.spin_attention(**x),
         forward=_attention,
         both=None,
-        peers={"attention alone (SDPA)": _sdpa},
+        peers={"attention alone (SDPA)": Peer(call=_sdpa)},
         compiled=False,
     ),
 }

@@ -16,6 +16,10 @@ from edgekit.kernels.dispatch import interpreted
 TINY = Shape(name="tiny", batch=1, time=20, heads=1, width=16, vocabulary=37, hidden=8)
 
 
+def written(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "BUDGET", 0.0)  # the fewest repetitions
@@ -23,7 +27,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_writes_lines_a_table_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--cpu", "--op", "attention_mse", "-o", str(tmp_path)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    rows = written(tmp_path)
     timed = {(row["shape"], row["backward"], row["form"]) for row in rows if row["seconds"]}
     assert {
         (shape, backward, "torch") for shape in ("D64", "D128") for backward in (False, True)
@@ -33,6 +37,19 @@ def test_it_writes_lines_a_table_and_a_plot(tmp_path: Path, capsys: pytest.Captu
     assert table.strip() == capsys.readouterr().out.strip()
     assert "| attention_mse | D64 | forward and backward | torch |" in table
     assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+def test_what_was_measured_outlives_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Shape) -> None:
+        raise KeyboardInterrupt
+
+    case = CASES["spin_attention"]
+    monkeypatch.setitem(CASES, "spin_attention", replace(case, forward=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        main(["--cpu", "--op", "attention_mse,spin_attention", "-o", str(tmp_path)])
+    assert {row["op"] for row in written(tmp_path)} == {"attention_mse"}
 
 
 def test_a_wrong_form_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +80,8 @@ def test_every_op_is_proved_and_timed(op: str) -> None:
     ours = [row for row in rows if row.form == "torch"]
     assert len(ours) == (1 if CASES[op].both is None else 2)
     assert all(row.seconds and row.note is None for row in ours)
+    peers = [row for row in rows if row.form in CASES[op].peers]
+    assert all(row.note in (None, "not installed") for row in peers)
 
 
 @pytest.mark.interp
