@@ -7,7 +7,7 @@ Shapes: B batch, T tokens of one call, S tokens so far, V vocabulary. A state's 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ __all__ = [
     "EngineSettings",
     "Floats",
     "Integers",
+    "OperatorTime",
     "call_shape",
     "state_key",
 ]
@@ -43,6 +44,7 @@ class EngineSettings:
         threads: CPU threads; None leaves the choice to the engine.
         cache_dir: where compiled blobs may be kept between runs; None: nowhere.
         precision: the arithmetic to ask for, such as `f32`.
+        profiling: whether to take the time of every operator, which slows calls a little.
     """
 
     device: str
@@ -50,6 +52,14 @@ class EngineSettings:
     threads: int | None
     cache_dir: Path | None
     precision: str
+    profiling: bool = False
+
+
+class OperatorTime(NamedTuple):
+    """How many operators of one type ran in a call, and for how long."""
+
+    nodes: int
+    seconds: float
 
 
 class EngineRequest(Protocol):
@@ -114,6 +124,18 @@ class Engine(Protocol):
     @property
     def compile_seconds(self) -> float:
         """Time that reading and compiling the model took."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Calls of the decoder's graph so far, by all requests; 0 without `profiling`."""
+        ...
+
+    def operator_times(self) -> list[dict[str, OperatorTime]]:
+        """Of each call so far, by the operators' type.
+
+        The graph must be compiled with `profiling`; ask once, when all is done.
+        """
         ...
 
     def request(self, batch: int) -> EngineRequest:

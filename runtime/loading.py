@@ -34,6 +34,7 @@ def load(
     threads: int | None = None,
     cache_dir: str | Path | None = None,
     check: bool = True,
+    profiling: bool = False,
 ) -> "Model":
     """Open a bundle on one engine.
 
@@ -47,6 +48,7 @@ def load(
         threads: CPU threads; None: the target's setting, or else the engine's choice.
         cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster.
         check: compare the sha256 of every file that is used with the manifest.
+        profiling: take the time of every operator, for `Model.operator_times`.
 
     Raises:
         BundleError: if the bundle is missing, damaged, or of another format version.
@@ -78,6 +80,7 @@ def load(
         threads=target.threads if threads is None else threads,
         cache_dir=None if cache_dir is None else Path(cache_dir),
         precision=target.inference_precision,
+        profiling=profiling,
     )
     tokenizer = Tokenizer(directory)
     _, module, kind = ENGINES[name]

@@ -1,15 +1,11 @@
 """How much memory a bundle needs: the peak of a process that loads it, reads and decodes."""
 
 import contextlib
-import json
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit import config
-from edgekit.errors import EdgekitError, EngineError
+from edgekit.runtime.apart import answer, measured_apart
 from edgekit.runtime.workload import Options, at_depths, greedy, open_model, prompt_ids
 
 __all__ = ["Memory", "measure_memory"]
@@ -46,16 +42,10 @@ def measure_memory(bundle: str | Path, options: Options) -> Memory | None:
     """
     if not Path("/proc/self/status").is_file():
         return None
-    plain = json.dumps(config.dump(replace(options, memory=False)))
-    command = [sys.executable, "-P", "-m", "edgekit.runtime.memory", str(bundle), plain]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EngineError(f"{bundle}: the process that measures memory failed: {reason}")
-    return config.load(Memory, json.loads(done.stdout.splitlines()[-1]), where="memory")
+    return measured_apart("edgekit.runtime.memory", Memory, bundle, options)
 
 
-def _memory_here(bundle: str | Path, options: Options) -> Memory:
+def _memory_here(bundle: Path, options: Options) -> Memory:
     model = open_model(bundle, options)
     loaded, resettable = _peak_rss(), _reset_peak()
     ids = prompt_ids(model, options.longest)
@@ -91,14 +81,5 @@ def _reset_peak() -> bool:
     return False
 
 
-def _main(arguments: Sequence[str], write: Callable[[str], object]) -> None:
-    bundle, plain = arguments
-    options = config.load(Options, json.loads(plain), where="options")
-    write(json.dumps(config.dump(_memory_here(bundle, options))) + "\n")
-
-
 if __name__ == "__main__":
-    try:
-        _main(sys.argv[1:], sys.stdout.write)
-    except EdgekitError as error:
-        sys.exit(str(error))
+    answer(_memory_here, sys.argv[1:])

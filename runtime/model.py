@@ -9,7 +9,7 @@ import numpy as np
 from edgekit.bundle import Manifest
 from edgekit.errors import UsageError
 from edgekit.runtime.adapters import AdapterInfo, Adapters
-from edgekit.runtime.engine import Engine, EngineSettings, Integers
+from edgekit.runtime.engine import Engine, EngineSettings, Integers, OperatorTime
 from edgekit.runtime.generation import Generation, GenerationStats, ScoredPiece
 from edgekit.runtime.images import Picture
 from edgekit.runtime.pictures import Pictures
@@ -57,6 +57,7 @@ class Model:
         )
         self.last_stats: GenerationStats | None = None
         self._compiled, self._logits, self._block = compiled, settings.logits, block
+        self._profiled = settings.profiling
         self._adapters = Adapters(manifest.adapter_slots)
         self._active: tuple[dict[str, float], Any] = ({}, compiled.lowered({}))
 
@@ -75,6 +76,21 @@ class Model:
             batch=batch,
             adapters=lambda: self._active[1],
         )
+
+    @property
+    def calls(self) -> int:
+        """Calls of the decoder's graph so far, where it was loaded with `profiling`; else 0."""
+        return self._compiled.calls
+
+    def operator_times(self) -> list[dict[str, OperatorTime]]:
+        """Of each call so far, what the operators of each type took; ask once, at the end.
+
+        Raises:
+            UsageError: if the model was not loaded with `profiling`.
+        """
+        if not self._profiled:
+            raise UsageError("this model takes no times: load it with profiling=True")
+        return self._compiled.operator_times()
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:

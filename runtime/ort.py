@@ -8,7 +8,10 @@ instead, which become the next call's past.
 The only file that imports onnxruntime.
 """
 
+import shutil
+import tempfile
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +29,12 @@ from edgekit.runtime.engine import (
     EngineSettings,
     Floats,
     Integers,
+    OperatorTime,
     call_shape,
     state_key,
 )
 from edgekit.runtime.lowrank import Pair
+from edgekit.runtime.ort_profile import operator_times
 from edgekit.runtime.state import state_shape
 
 __all__ = ["OnnxEngine", "OnnxRequest"]
@@ -62,6 +67,13 @@ class OnnxEngine:
             raise EngineError(f"device {settings.device!r} given; the onnx engine runs on: CPU")
         started = time.perf_counter()
         options = _session_options(settings, constant_shapes=manifest.constant_memory)
+        self.calls = 0
+        self._profiled = settings.profiling
+        if settings.profiling:
+            folder = tempfile.mkdtemp()
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder, "calls"))
         graphs = [name for name in manifest.engine_files("onnx") if name.endswith(".onnx")]
         opened = [_opened(directory / name, options) for name in graphs]
         self.session, self.table, self._vision = [*opened, None, None][:3]
@@ -73,6 +85,14 @@ class OnnxEngine:
         self.watched = IMAGE_MASS in {item.name for item in self.session.get_outputs()}
         fresh = FRESH_STATES in self.session.get_modelmeta().custom_metadata_map
         self.in_place = _shares_states(manifest) and not fresh
+
+    def called(self) -> None:
+        """Count a call of the decoder's graph, where calls are timed."""
+        self.calls += self._profiled
+
+    def operator_times(self) -> list[dict[str, OperatorTime]]:
+        """Of each call so far, by the operators' type; ends the profiling."""
+        return operator_times(Path(self.session.end_profiling())) if self._profiled else []
 
     def request(self, batch: int) -> "OnnxRequest":
         """A new IO binding with states of its own."""
@@ -175,6 +195,7 @@ class OnnxRequest(ABC):
             self._engine.session.run_with_iobinding(self._binding)
         except FAILURES as cause:
             raise EngineError(f"ONNX Runtime failed: {cause}") from cause
+        self._engine.called()
         self.image_mass = mass
         return logits
 

@@ -4,7 +4,7 @@ The only file that imports openvino.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from edgekit.runtime.engine import (
     EngineSettings,
     Floats,
     Integers,
+    OperatorTime,
     call_shape,
     state_key,
 )
@@ -46,6 +47,7 @@ class OpenVinoEngine:
         graphs = [name for name in manifest.engine_files("openvino") if name.endswith(".xml")]
         compiled = [_compiled(core, directory / name, settings) for name in graphs]
         self._compiled, *others = compiled
+        self._times: list[dict[str, OperatorTime]] | None = [] if settings.profiling else None
         self._table: Any = others[0] if others else None
         self._vision = others[1:]
         self.compile_seconds = time.perf_counter() - started
@@ -57,7 +59,21 @@ class OpenVinoEngine:
     def request(self, batch: int) -> "OpenVinoRequest":
         """A new infer request with empty variables."""
         table = None if self._table is None else self._table.create_infer_request()
-        return OpenVinoRequest(self._compiled.create_infer_request(), table, self.keys, batch)
+        request = self._compiled.create_infer_request()
+        return OpenVinoRequest(request, table, self.keys, batch, self._called)
+
+    def _called(self, request: ov.InferRequest) -> None:
+        if self._times is not None:
+            self._times.append(_operator_times(request))
+
+    @property
+    def calls(self) -> int:
+        """Calls of the decoder's graph so far; 0 without profiling."""
+        return len(self._times or ())
+
+    def operator_times(self) -> list[dict[str, OperatorTime]]:
+        """Of each call so far, by the operators' type; empty without profiling."""
+        return list(self._times or ())
 
     def look(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graphs of pictures, one on what the other says; several threads may."""
@@ -88,8 +104,9 @@ class OpenVinoRequest:
         table: ov.InferRequest | None,
         keys: Mapping[str, str],
         batch: int,
+        called: Callable[[ov.InferRequest], None],
     ) -> None:
-        self._request, self._table, self._keys = request, table, keys
+        self._request, self._table, self._keys, self._called = request, table, keys, called
         variables = {state.name: state for state in request.query_state()}
         self._variables = {keys[n]: s for n, s in variables.items() if not n.startswith(SLOT)}
         self._slots = {name: s for name, s in variables.items() if name.startswith(SLOT)}
@@ -105,6 +122,7 @@ class OpenVinoRequest:
         """Run the graph; logits are copied out of the request's memory."""
         rows = self._rows.astype(np.int32) if self._pending else self._settled
         result = _inferred(self._request, {**feeds, "beam_idx": rows})
+        self._called(self._request)
         if self._pending:
             self._settle(len(self._rows))
         # A graph with recurrent layers pads time on the right; those positions are nobody's.
@@ -181,6 +199,17 @@ def _inferred(request: ov.InferRequest, inputs: Mapping[Any, Array]) -> Any:
         raise EngineError(f"OpenVINO failed: {_reason(cause)}") from cause
 
 
+def _operator_times(request: ov.InferRequest) -> dict[str, OperatorTime]:
+    """What the last call took, by the type that the device runs."""
+    found: dict[str, OperatorTime] = {}
+    for node in request.profiling_info:
+        count, seconds = found.get(node.node_type, (0, 0.0))
+        if node.status == node.EXECUTED:
+            took = seconds + node.real_time.total_seconds()
+            found[node.node_type] = OperatorTime(count + 1, took)
+    return found
+
+
 def _properties(settings: EngineSettings) -> dict[str, Any]:
     """The compile settings; a recurrent state accumulates, so nothing may narrow it unasked."""
     properties: dict[str, Any] = {
@@ -191,6 +220,8 @@ def _properties(settings: EngineSettings) -> dict[str, Any]:
         properties["KV_CACHE_PRECISION"] = settings.precision
         if settings.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = settings.threads
+    if settings.profiling:
+        properties["PERF_COUNT"] = True
     if settings.cache_dir is not None:
         properties["CACHE_DIR"] = str(settings.cache_dir)
     return properties

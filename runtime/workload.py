@@ -44,6 +44,8 @@ class Options:
         device: the engine's device name; None: the target's.
         threads: CPU threads; None: the target's, or else the engine's choice.
         memory: whether to run the second process that measures memory.
+        starting: whether to run a process that loads twice, with and without compiled blobs.
+        operators: whether to take the time of every type of operator, in one more load.
         adapters: directories with weights, for a bundle with adapter slots.
     """
 
@@ -55,6 +57,8 @@ class Options:
     device: str | None = None
     threads: int | None = None
     memory: bool = True
+    starting: bool = False
+    operators: bool = False
     adapters: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,9 +81,15 @@ class Options:
         return max((*self.prompts, *self.depths, 1))
 
 
-def open_model(bundle: str | Path, options: Options) -> Model:
+def open_model(bundle: str | Path, options: Options, *, profiling: bool = False) -> Model:
     """Load the bundle and set the adapters as `options` ask; raises what these raise."""
-    model = load(bundle, engine=options.engine, device=options.device, threads=options.threads)
+    model = load(
+        bundle,
+        engine=options.engine,
+        device=options.device,
+        threads=options.threads,
+        profiling=profiling,
+    )
     model.set_adapters({model.load_adapter(path): weight for path, weight in options.adapters})
     return model
 

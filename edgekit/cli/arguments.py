@@ -114,17 +114,17 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=ENGINES, help="default: the target's, if it is here, else the other"
     )
     add_device(parser)
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add `--device` and `--threads`."""
-    parser.add_argument("--device", help="such as CPU, GPU or NPU (default: the target's)")
     parser.add_argument(
         "--threads",
         type=positive,
         metavar="N",
         help="CPU threads (default: the target's, or the engine's choice)",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", help="such as CPU, GPU or NPU (default: the target's)")
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:

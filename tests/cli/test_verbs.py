@@ -1,7 +1,5 @@
-import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,51 +168,6 @@ def test_targets_marks_this_machine(edgekit: Edgekit) -> None:
     assert done.code == 0
     assert "\n*" in done.out or done.out.startswith("*")
     assert edgekit("targets", "generic-x86", "--json").json["name"] == "generic-x86"
-
-
-def test_profile_of_both_engines_and_constant_state(edgekit: Edgekit, lawcat_bundle: Path) -> None:
-    done = edgekit(
-        "profile", lawcat_bundle, "--engine", "openvino,onnx", "--prompt", "8,40",
-        "--depth", "0,700", "--gen", "4", "--repeat", "2", "--format", "json",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert [report["engine"] for report in done.json] == list(ENGINES)
-    for report in done.json:
-        assert [row["tokens"] for row in report["prefill"]] == [8, 40]
-        shallow, deep = report["decode"]
-        assert (shallow["depth"], deep["depth"]) == (0, 700)
-        assert shallow["state_bytes"] == deep["state_bytes"] > 0
-        assert deep["p50_ms"] <= deep["p99_ms"]
-        assert report["memory"]["total"] > report["model_bytes"]
-    assert done.json[0]["output_md5"] == done.json[1]["output_md5"]
-
-
-def test_profile_of_softmax_shows_a_growing_state(
-    edgekit: Edgekit, bundle: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "rows.csv"
-    options = ("--prompt", "8", "--depth", "0,100", "--gen", "4", "--repeat", "1")
-    done = edgekit("profile", bundle, *options, "--format", "csv", "-o", out)
-    assert done.code == 0, done.err
-    assert not done.out
-    rows = list(csv.DictReader(out.read_text().splitlines()))
-    assert [row["test"] for row in rows] == ["pp8", "tg4 @ 0", "tg4 @ 100"]
-    assert int(rows[2]["state"]) > int(rows[1]["state"])
-    too_deep = edgekit("profile", bundle, "--depth", "5000")
-    assert too_deep.code == 2
-    assert "5064 tokens asked for" in too_deep.err
-
-
-def test_profile_where_the_system_tells_no_load(
-    edgekit: Edgekit, lawcat_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Windows has no os.getloadavg."""
-    monkeypatch.delattr(os, "getloadavg")
-    options = ("--prompt", "8", "--depth", "0", "--gen", "2", "--repeat", "1")
-    done = edgekit("profile", lawcat_bundle, *options)
-    assert done.code == 0, done.err
-    assert "load before: -;" in done.out
-    assert "busy" not in done.err
 
 
 def test_eval_of_bundle_and_source_agree(
