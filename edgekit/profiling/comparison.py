@@ -81,7 +81,7 @@ def _bundle(report: Report) -> str:
 
 
 def _threads(report: Report) -> str:
-    return "all threads" if report.threads is None else f"{report.threads} threads"
+    return f"threads {'all' if report.threads is None else report.threads}"
 
 
 NAMED_BY = ((_engine,), (_bundle,), (_bundle, _engine), (_bundle, _engine, _threads))
