@@ -44,6 +44,7 @@ test: $(STAMP)  ## run the tests that need no GPU and little time
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not gpu and not interp and not slow and not peer"
 
 test-gpu: $(STAMP)  ## run the Triton programs on a CUDA device
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make test-gpu needs a CUDA device")'
 	$(BIN)/pytest -m gpu
 
 bench-gpu: $(STAMP) corpora  ## prove and time the Triton programs on a CUDA device, and distillation with them

@@ -177,7 +177,7 @@ def _forms(case: Case, device: str) -> Iterator[tuple[str, Call, bool]]:
 
 
 def _compiled(case: Case) -> Call:
-    """The reference, compiled anew for the sizes it meets first."""
+    """The reference, compiled for each size that it meets."""
     torch.compiler.reset()
     inner = torch.compile(case.call, dynamic=False)
 
@@ -249,7 +249,10 @@ def _timed(call: Call, inputs: Inputs, backward: bool, device: str) -> tuple[flo
 
 
 def _cuda_seconds(run: Callable[[], None], count: int) -> tuple[float, ...]:
-    """All repetitions are queued before any is waited for, so that no launch is timed."""
+    """All repetitions are queued before any is waited for.
+
+    While the host is ahead of the GPU, as with large inputs it is, launches cost nothing.
+    """
     event: Any = torch.cuda.Event
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
     pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(count)]

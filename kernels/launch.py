@@ -1,17 +1,15 @@
 """How a Triton program is started, and the blocks that it works in."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import triton
 
-__all__ = ["FUSED_MULTIPLY_ADD", "SMALLEST_SIDE", "block_of", "launch", "uncompiled"]
+__all__ = ["FUSED_MULTIPLY_ADD", "SMALLEST_SIDE", "block_of", "launch"]
 
 # Stated at every launch: Triton 3.10 is to change what it does where nothing is said.
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 SMALLEST_SIDE = 16  # of a matrix product
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -33,8 +31,3 @@ def launch(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
 def block_of(width: int) -> int:
     """The smallest side of a matrix product that holds `width`."""
     return max(SMALLEST_SIDE, int(triton.next_power_of_2(width)))
-
-
-def uncompiled(function: Function) -> Function:
-    """A decorator: `torch.compile` runs `function` as it is, and compiles what is around it."""
-    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]

@@ -6,13 +6,17 @@ replaced by its upper bound, and programs beyond the count find no work.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from edgekit.errors import UsageError
 
 __all__ = ["Sequences", "sequence_offsets"]
+
+Table = TypeVar("Table")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,7 +42,7 @@ class Sequences:
         """
         batch, time = x.shape[:2]
         if cu_seqlens is None:
-            offsets = _even_offsets(batch, time, x.device)
+            offsets = _remembered(_even_offsets, batch, time, device=x.device)
             return cls(offsets=offsets, tokens=batch * time, time=time)
         return cls(offsets=sequence_offsets(x, cu_seqlens), tokens=time, time=None)
 
@@ -64,7 +68,8 @@ class Sequences:
             exist.
         """
         if self.time is not None:
-            return _even_chunks(len(self), self.time + before, length, self.offsets.device)
+            sizes = (len(self), self.time + before, length)
+            return _remembered(_even_chunks, *sizes, device=self.offsets.device)
         lengths = self.offsets.diff() + before
         most = (self.tokens + before * len(self)) // length + len(self)
         return _chunks(lengths, length, most)
@@ -89,7 +94,7 @@ def sequence_offsets(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
             "N + 1 offsets for a batch of 1"
         )
     offsets = cu_seqlens.to(torch.int32).contiguous()  # programs count from its first element
-    if not offsets.is_cuda:
+    if offsets.device.type == "cpu":
         _check(offsets.tolist(), time)
     return offsets
 
@@ -102,20 +107,38 @@ def _check(offsets: list[int], time: int) -> None:
         )
 
 
-# A model asks for the same tables in every layer and step; each costs seven small programs.
-@functools.lru_cache(maxsize=64)
-def _even_offsets(batch: int, time: int, device: torch.device) -> torch.Tensor:
+def _remembered(make: Callable[..., Table], *sizes: int, device: torch.device) -> Table:
+    """What `make` returns for these sizes, made once for each stream.
+
+    A model asks for the same tables in every layer and step, and each costs seven small programs.
+    A graph that is being captured gets tables of its own: only its replay fills them.
+    """
+    cuda = device.type == "cuda"
+    alone = cuda and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
+    table: Table = (_made.__wrapped__ if alone else _made)(make, sizes, device, stream)
+    return table
+
+
+@functools.lru_cache(maxsize=128)
+def _made(
+    make: Callable[..., Table], sizes: tuple[int, ...], device: torch.device, stream: int
+) -> Table:
+    del stream  # a part of the key: another one might read a table before it is written
     with torch.inference_mode(mode=False):  # autograd refuses to keep what was made in that mode
-        return torch.arange(batch + 1, dtype=torch.int32, device=device) * time
+        table: Table = make(*sizes, device)
+    return table
 
 
-@functools.lru_cache(maxsize=64)
+def _even_offsets(batch: int, time: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * time
+
+
 def _even_chunks(
     batch: int, time: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.inference_mode(mode=False):
-        lengths = torch.full((batch,), time, dtype=torch.int32, device=device)
-        return _chunks(lengths, length, batch * -(-time // length))
+    lengths = torch.full((batch,), time, dtype=torch.int32, device=device)
+    return _chunks(lengths, length, batch * -(-time // length))
 
 
 def _chunks(lengths: torch.Tensor, length: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from edgekit.errors import UsageError
 from edgekit.kernels.attention_mse import programs
 from edgekit.kernels.attention_mse.reference import check_arguments
-from edgekit.kernels.launch import launch, uncompiled
+from edgekit.kernels.launch import launch
 from edgekit.kernels.offline import Build
 
 __all__ = ["attention_mse", "builds"]
@@ -19,7 +19,6 @@ TILE = {"BR": 16, "BW": 256}
 WARPS = 4
 
 
-@uncompiled
 def attention_mse(
     y: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:

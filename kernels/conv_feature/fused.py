@@ -13,7 +13,7 @@ from edgekit.kernels.conv_feature import programs
 from edgekit.kernels.conv_feature.limits import declined
 from edgekit.kernels.conv_feature.reference import FEATURE_FLOOR, check_arguments
 from edgekit.kernels.dispatch import interpreted
-from edgekit.kernels.launch import block_of, launch, uncompiled
+from edgekit.kernels.launch import block_of, launch
 from edgekit.kernels.offline import Build
 from edgekit.kernels.precision import in_bf16, widened
 from edgekit.kernels.sequences import Sequences
@@ -84,7 +84,6 @@ class _Plan:
         return {**self.sizes, "BT": self.setting.tokens, "UP": up, **options}
 
 
-@uncompiled
 def conv_feature(
     x: torch.Tensor,
     taps: torch.Tensor,

@@ -24,7 +24,7 @@ from edgekit.kernels.gla.plan import (
 )
 from edgekit.kernels.gla.programs_backward import backward_rows
 from edgekit.kernels.gla.reference import Output, check_arguments
-from edgekit.kernels.launch import block_of, launch, uncompiled
+from edgekit.kernels.launch import block_of, launch
 from edgekit.kernels.offline import ARCHITECTURES, WARP_GROUP_ROWS, Build
 from edgekit.kernels.sequences import Sequences
 
@@ -36,7 +36,6 @@ FEW = 16  # tokens, that are read one after another where no gradient is wanted
 ROWS = 64  # of one program of `backward_rows`
 
 
-@uncompiled
 def fused_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -127,7 +126,7 @@ class _FusedGla(torch.autograd.Function):
         count = len(offsets) - 1
         after = torch.empty_like(by_after)
         h, z = _states(plan, k, v, g, state, after, offsets, first, owner)
-        de, top = _by_denominators(plan, output, by_output, den)
+        de, top = _by_denominators(plan, output, by_output, den, by_after)
         dh, dz = torch.empty_like(h), torch.empty_like(z)
         carry, by_state = torch.empty_like(z), torch.empty_like(by_after)
         states = (h, z, after, by_after, dh, dz, carry, by_state)
@@ -171,15 +170,22 @@ def _states(
 
 
 def _by_denominators(
-    plan: Plan, output: torch.Tensor, by_output: torch.Tensor, den: torch.Tensor
+    plan: Plan,
+    output: torch.Tensor,
+    by_output: torch.Tensor,
+    den: torch.Tensor,
+    by_after: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the denominators, fp32 `[tokens, H]`; the largest of any numerator's, `[1]`."""
+    """Gradients of the denominators, fp32 `[tokens, H]`; the largest of any numerator's, `[1]`.
+
+    Where the loss saw no output, the second is the largest of the last states'.
+    """
     de, top = torch.empty_like(den), den.new_zeros(1)
     sizes = {"V": plan.values, "BV": block_of(plan.values), "ROWS": ROWS}
     grid = (triton.cdiv(den.numel(), ROWS),)
     arguments = (output, by_output, den, de, top, den.numel())
     launch(backward_rows, grid, *arguments, **sizes, NORMALISE=plan.eps is not None)
-    return de, top
+    return de, torch.where(top > 0, top, by_after.abs().amax())
 
 
 def _steps(

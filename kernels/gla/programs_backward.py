@@ -26,7 +26,9 @@ __all__ = [
     "backward_values",
 ]
 
-MOST_RAISED = tl.constexpr(60.0)  # so that gradients of the last state do not overflow
+# Where the largest gradient of a numerator is brought, by powers of two, and by how many at most:
+# a factor of a chunk may be e^80, or 2^115, and sums over values and keys must still fit.
+RAISED_TO, MOST_RAISED = tl.constexpr(-12.0), tl.constexpr(60.0)
 
 
 @triton.jit
@@ -53,13 +55,13 @@ def backward_rows(
 
 @triton.jit
 def _raised(top):
-    """The power of two that brings the largest gradient of a numerator to about 1.
+    """The power of two that brings the largest gradient of a numerator to about 2^-12.
 
     A factor of a chunk is as small as e^-80: gradients of 1e-6 times it are no fp32 numbers.
     """
     b_top = tl.load(top)
-    power = tl.minimum(-tl.floor(tl.log2(b_top)), MOST_RAISED)
-    return tl.where(b_top > 0.0, tl.exp2(power), 1.0)
+    power = tl.minimum(RAISED_TO - tl.floor(tl.log2(b_top)), MOST_RAISED)
+    return tl.where((b_top > 0.0) & (b_top < float("inf")), tl.exp2(power), 1.0)
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _by_numerator(
     if NORMALISE:
         b_den = tl.load(den + i_t * HEADS + i_head + o_c * HEADS, mask=m_c, other=1.0)
         b_de = tl.load(de + i_t * HEADS + i_head + o_c * HEADS, mask=m_c, other=0.0) * raised
-        b_dn = b_do * (raised / b_den)[:, None]
+        b_dn = b_do * raised / b_den[:, None]
     else:
         b_dn = b_do * (raised * SCALE)
         b_de = tl.sum(b_do, 1) * 0.0

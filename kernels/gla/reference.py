@@ -171,7 +171,7 @@ def check_arguments(
         raise UsageError(f"{q.shape[2]} heads given; allowed: a multiple of {k.shape[2]} states")
     if g.shape[3] not in (1, q.shape[3]):
         raise UsageError(f"gates of {g.shape[3]} rows given; allowed: 1 or {q.shape[3]}")
-    sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = len(q) if cu_seqlens is None else cu_seqlens.numel() - 1
     entering = (sequences, *k.shape[2:], v.shape[3] + 1)
     if state is not None and state.shape != entering:
         raise UsageError(f"state {list(state.shape)} given; allowed: {list(entering)}")

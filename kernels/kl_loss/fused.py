@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from edgekit.errors import UsageError
 from edgekit.kernels.kl_loss import programs
 from edgekit.kernels.kl_loss.reference import IGNORE, check_arguments
-from edgekit.kernels.launch import launch, uncompiled
+from edgekit.kernels.launch import launch
 from edgekit.kernels.offline import Build
 from edgekit.kernels.precision import full_precision
 
@@ -40,7 +40,6 @@ SHIPPED = {
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@uncompiled
 def vocabulary_loss(
     hidden: torch.Tensor,
     head: torch.Tensor,

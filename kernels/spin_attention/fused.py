@@ -13,7 +13,7 @@ import triton.language as tl
 
 from edgekit.errors import UsageError
 from edgekit.kernels.dispatch import interpreted
-from edgekit.kernels.launch import SMALLEST_SIDE, block_of, launch, uncompiled
+from edgekit.kernels.launch import SMALLEST_SIDE, block_of, launch
 from edgekit.kernels.offline import WARP_GROUP_ROWS, Build
 from edgekit.kernels.spin_attention import programs
 from edgekit.kernels.spin_attention.limits import WIDEST, declined
@@ -55,7 +55,6 @@ MOST_PARTS = 64  # of the keys, where rows alone do not fill the chip
 SHORTEST_PART = 4  # blocks of keys, below which putting parts together costs more
 
 
-@uncompiled
 def spin_attention(
     q: torch.Tensor,
     k: torch.Tensor,

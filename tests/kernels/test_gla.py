@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from edgekit.errors import UsageError
+from edgekit.kernels import sequences
 from edgekit.kernels.gla import chunked, gla, reference
 from edgekit.kernels.sequences import Sequences, sequence_offsets
 from edgekit.testing import TOLERANCE, assert_close
@@ -91,8 +92,12 @@ def test_equal_sequences_are_cut_like_packed_ones(time: int, before: int) -> Non
 
 
 def test_a_table_made_without_autograd_serves_it_later() -> None:
-    x = torch.zeros(2, 37, 1, 1)
+    sequences._made.cache_clear()
+    x = torch.zeros(2, 37, 1, 1, requires_grad=True)
     with torch.inference_mode():
         made = Sequences.of(x, None)
-        tables = (made.offsets, *made.chunks(16))
-    assert not any(table.is_inference() for table in tables)
+        made.chunks(16)
+    made = Sequences.of(x, None)
+    rows = made.chunks(16)[1].long()
+    (grad,) = torch.autograd.grad(x[rows].sum(), x)  # it keeps the rows
+    assert grad[0].sum() == len(rows) // 2 * 37
