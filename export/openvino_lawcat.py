@@ -25,11 +25,11 @@ from openvino import opset15 as op
 from edgekit.export.openvino_spin import HeadGate
 from edgekit.export.openvino_values import ints, scalar, sliced
 from edgekit.models.config import DecoderConfig
+from edgekit.runtime.ov_static import CHUNK
 
 __all__ = ["Chunking", "chunk_count", "gated_attention", "lower_triangle", "scan"]
 
 Handle = Any  # an openvino.Output: the package ships no types
-CHUNK = 64
 
 
 def chunk_count(length: Handle) -> Handle:

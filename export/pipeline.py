@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekit import __version__
+from edgekit import __version__, targets
 from edgekit.bundle import (
     FORMAT_VERSION,
     Manifest,
@@ -259,6 +259,7 @@ def _write(
     text_files.write_configs(plan.source, plan.config, work)
     text_files.write_tokenizer(plan.source, work)
     facts = None if side is None else _write_processor(plan, side, work)
+    targets.check_serves(targets.load(plan.target), _manifest(plan, work, fidelity, facts))
     for engine in plan.formats:
         tell(f"write {engine}")
         (_write_openvino if engine == "openvino" else _write_onnx)(plan, side, work)

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens of one call, S tokens so far, V vocabulary. A state's 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -44,6 +44,8 @@ class EngineSettings:
         threads: CPU threads; None leaves the choice to the engine.
         cache_dir: where compiled blobs may be kept between runs; None: nowhere.
         precision: the arithmetic to ask for, such as `f32`.
+        hints: properties of OpenVINO by name; ONNX Runtime has none.
+        static: whether every shape must be fixed, as an NPU asks (OpenVINO).
         profiling: whether to take the time of every operator, which slows calls a little.
     """
 
@@ -53,6 +55,8 @@ class EngineSettings:
     cache_dir: Path | None
     precision: str
     profiling: bool = False
+    hints: Mapping[str, str] = field(default_factory=dict)
+    static: bool = False
 
 
 class OperatorTime(NamedTuple):

@@ -46,14 +46,15 @@ def load(
             on the target's engine, `CPU` on the other one.
         logits: `all` makes `Session.append` answer for every position, as perplexity needs.
         threads: CPU threads; None: the target's setting, or else the engine's choice.
-        cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster.
+        cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster; None: the
+            target's setting.
         check: compare the sha256 of every file that is used with the manifest.
         profiling: take the time of every operator, for `Model.operator_times`.
 
     Raises:
         BundleError: if the bundle is missing, damaged, or of another format version.
         EngineError: if the engine is not installed or not in the bundle, or the device is not here.
-        UsageError: for an argument that is not allowed.
+        UsageError: for an argument that is not allowed, or a bundle that its target cannot serve.
 
     Example:
         >>> model = load("smollm2")                                  # doctest: +SKIP
@@ -72,16 +73,9 @@ def load(
     if check:
         wanted = (*manifest.engine_files(name), *TEXT_FILES, PROCESSOR)
         check_files(directory, manifest, (file for file in wanted if file in manifest.files))
-    # A device name means something to its own engine only.
-    preferred = target.device if name == target.engine else "CPU"
-    settings = EngineSettings(
-        device=preferred if device is None else device,
-        logits=logits,
-        threads=target.threads if threads is None else threads,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        precision=target.inference_precision,
-        profiling=profiling,
-    )
+    settings = _settings(target, name, device, logits, threads, cache_dir, profiling)
+    if settings.device == target.device:
+        targets.check_serves(target, manifest, targets.memory_bytes())
     tokenizer = Tokenizer(directory)
     _, module, kind = ENGINES[name]
     compiled: Engine = getattr(importlib.import_module(module), kind)(directory, manifest, settings)
@@ -98,6 +92,32 @@ def load(
         vision=vision,
         block=target.prefill_block[name],
         load_seconds=time.perf_counter() - started,
+    )
+
+
+def _settings(
+    target: targets.Target,
+    engine: str,
+    device: str | None,
+    logits: Literal["last", "all"],
+    threads: int | None,
+    cache_dir: str | Path | None,
+    profiling: bool,
+) -> EngineSettings:
+    """The target's settings, and what was asked for instead."""
+    # A device name means something to its own engine only, and precision to its own device.
+    preferred = target.device if engine == target.engine else "CPU"
+    device = preferred if device is None else device
+    own = device == target.device
+    return EngineSettings(
+        device=device,
+        logits=logits,
+        threads=target.threads if threads is None else threads,
+        cache_dir=target.cache_path if cache_dir is None else Path(cache_dir),
+        precision=target.inference_precision if own else "f32",
+        profiling=profiling,
+        hints=target.hints if own else {"PERFORMANCE_HINT": "LATENCY"},
+        static=own and target.graph == "static",
     )
 
 

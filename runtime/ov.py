@@ -1,6 +1,6 @@
 """OpenVINO: one compiled model, one infer request per session, the states as its variables.
 
-The only file that imports openvino.
+The only file that imports openvino, but for `ov_static.py`.
 """
 
 import time
@@ -15,6 +15,7 @@ from edgekit.bundle import IMAGE_MASS, Manifest
 from edgekit.errors import BundleError, EngineError
 from edgekit.runtime.engine import (
     Array,
+    EngineRequest,
     EngineSettings,
     Floats,
     Integers,
@@ -23,6 +24,7 @@ from edgekit.runtime.engine import (
     state_key,
 )
 from edgekit.runtime.lowrank import Pair
+from edgekit.runtime.ov_static import CHUNK, StaticRequest, fix_shapes
 
 __all__ = ["OpenVinoEngine", "OpenVinoRequest"]
 
@@ -45,21 +47,27 @@ class OpenVinoEngine:
         _check_device(settings.device, core.available_devices)
         started = time.perf_counter()
         graphs = [name for name in manifest.engine_files("openvino") if name.endswith(".xml")]
-        compiled = [_compiled(core, directory / name, settings) for name in graphs]
-        self._compiled, *others = compiled
+        decoder, *more = (directory / name for name in graphs)
+        sizes = (CHUNK, 1) if settings.static else (None,)
+        self._decoders = [_compiled(core, decoder, settings, size) for size in sizes]
+        others = [_compiled(core, path, settings) for path in more]
         self._times: list[dict[str, OperatorTime]] | None = [] if settings.profiling else None
         self._table: Any = others[0] if others else None
         self._vision = others[1:]
         self.compile_seconds = time.perf_counter() - started
         self.inputs = frozenset(
-            name for port in self._compiled.inputs for name in port.get_names()
+            name for port in self._decoders[0].inputs for name in port.get_names()
         ) - {"beam_idx"}
         self.keys = {record.openvino: state_key(record) for record in manifest.states}
 
-    def request(self, batch: int) -> "OpenVinoRequest":
+    def request(self, batch: int) -> EngineRequest:
         """A new infer request with empty variables."""
+        chunk, *step = (self._request(graph, batch) for graph in self._decoders)
+        return StaticRequest(chunk, *step, tokens=CHUNK, batch=batch) if step else chunk
+
+    def _request(self, graph: ov.CompiledModel, batch: int) -> "OpenVinoRequest":
         table = None if self._table is None else self._table.create_infer_request()
-        request = self._compiled.create_infer_request()
+        request = graph.create_infer_request()
         return OpenVinoRequest(request, table, self.keys, batch, self._called)
 
     def _called(self, request: ov.InferRequest) -> None:
@@ -175,14 +183,18 @@ class OpenVinoRequest:
         self._settle(len(next(iter(states.values()))))
 
 
-def _compiled(core: ov.Core, path: Path, settings: EngineSettings) -> ov.CompiledModel:
-    """One graph of the bundle; only the decoder has a last position."""
+def _compiled(
+    core: ov.Core, path: Path, settings: EngineSettings, tokens: int | None = None
+) -> ov.CompiledModel:
+    """One graph of the bundle, for `tokens` a call; only the decoder has a last position."""
     try:
         model = core.read_model(path)
     except RuntimeError as cause:
         raise BundleError(f"{path}: cannot be read ({_reason(cause)})") from cause
     if settings.logits == "all" and model.get_variables():
         _keep_all_positions(model, path)
+    if tokens is not None:
+        fix_shapes(model, tokens)
     try:
         return core.compile_model(model, settings.device, _properties(settings))
     except RuntimeError as cause:
@@ -213,7 +225,7 @@ def _operator_times(request: ov.InferRequest) -> dict[str, OperatorTime]:
 def _properties(settings: EngineSettings) -> dict[str, Any]:
     """The compile settings; a recurrent state accumulates, so nothing may narrow it unasked."""
     properties: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
+        **settings.hints,
         "INFERENCE_PRECISION_HINT": settings.precision,
     }
     if settings.device == "CPU":

@@ -11,18 +11,22 @@ from pathlib import Path
 
 from edgekit import config
 from edgekit.errors import UsageError
+from edgekit.targets.machine import cpu_facts, detect, found, memory_bytes
 from edgekit.targets.schema import Target
+from edgekit.targets.serving import check_serves
 
-__all__ = ["Target", "cpu_facts", "detect", "load", "names"]
+__all__ = [
+    "Target",
+    "check_serves",
+    "cpu_facts",
+    "detect",
+    "found",
+    "load",
+    "memory_bytes",
+    "names",
+]
 
 FOLDER = Path(__file__).parent
-FALLBACK = "generic-x86"
-# Best first: a CPU is the first profile whose flags it all has.
-INTEL_CPUS = {
-    "intel-cpu-amx": {"amx_tile", "amx_int8"},
-    "intel-cpu-avx512-vnni": {"avx512_vnni"},
-    "intel-cpu-avx2": {"avx2", "fma"},
-}
 
 
 def names() -> list[str]:
@@ -41,26 +45,3 @@ def load(name: str) -> Target:
     path = FOLDER / f"{name}.toml"
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     return config.load(Target, {"name": name, **data}, where=path.name, error=UsageError)
-
-
-def detect(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The target of this machine's CPU; anything that is not a known Intel CPU is `generic-x86`.
-
-    Args:
-        cpuinfo: the Linux kernel's description of the CPU.
-    """
-    facts = cpu_facts(cpuinfo)
-    if facts.get("vendor_id") != "GenuineIntel":
-        return FALLBACK
-    flags = set(facts.get("flags", "").split())
-    fitting = (name for name, needed in INTEL_CPUS.items() if needed <= flags)
-    return next(fitting, FALLBACK)
-
-
-def cpu_facts(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """The fields of the first CPU in `cpuinfo`: `vendor_id`, `model name`, `flags` and so on."""
-    if not cpuinfo.is_file():
-        return {}
-    first = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
