@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-MAPPED = PROJECT["tool"]["setuptools"]["package-dir"]
+MAPPED = dict(PROJECT["tool"]["setuptools"]["package-dir"])
+PLUGIN = "optimum.commands.register"  # a folder of another project's namespace, no package of ours
+PLUGIN_FOLDER = ROOT / MAPPED.pop(PLUGIN)
 LINKS = sorted(name.partition(".")[2] for name in MAPPED if "." in name)
 HEAVY = ("torch", "transformers", "onnx", "triton", "peft")
 MAX_LINES = 400
@@ -34,7 +36,11 @@ def python_outside(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_package_is_listed_and_nothing_else() -> None:
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == real_packages()
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == {*real_packages(), PLUGIN}
+
+
+def test_the_plugin_folder_hides_no_other_plugins() -> None:
+    assert [path.name for path in PLUGIN_FOLDER.glob("*.py")] == ["register_edgekit.py"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links are text files there")
