@@ -7,13 +7,14 @@ measured one after the other. Interrupted, it still writes what was measured.
     edgekit profile out --depth 128,4096,32768 --plot latency.png
     edgekit profile out --compare other-bundle --compare last-week.json
     edgekit profile out --peer llama-cpp --peer openvino-genai=softmax-bundle --floor
+    edgekit profile out --host user@device     copies runtime and bundle there, and measures there
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekit.cli.arguments import add_adapters, add_device, choices, heard, positive
 from edgekit.cli.extras import extra
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another toolkit, in the same call: llama-cpp, openvino-genai or ort-genai; MODEL: "
         "what it reads (default: what the bundle was made from, or the bundle itself)",
     )
+    add("--host", metavar="USER@DEVICE", help="another machine, over SSH (keys, no password)")
     add("--floor", action="store_true", help="the least time of a token, from memory's speed")
     add("--plot", type=Path, metavar="FILE", help="a PNG of latency against depth")
     add("--format", choices=FORMATS, default="table")
@@ -77,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
     ours: list[Report] = []
     others: list[Measured] = []
     try:
-        _measure(args, args.bundle, ours)
+        if args.host is None:
+            _measure(args, args.bundle, ours)
+        else:
+            ours += _measured_there(args)
         _warn_if_busy(ours[0])  # the load before a later one is that of the earlier
         for other in args.compare:
             _add_other(args, other, others)
@@ -101,6 +106,11 @@ def _check(args: argparse.Namespace) -> None:
     for other in args.compare:
         if not other.exists():
             raise UsageError(f"{other} given; allowed: a bundle, or what --format json -o wrote")
+    here = [other for other in args.compare if not other.is_file()]
+    if args.host is not None and (here or args.peer or args.floor or args.adapters):
+        raise UsageError(
+            "--host given with something to measure here; allowed beside it: reports to --compare"
+        )
     for out in (args.plot, args.output):
         if out is not None and not out.parent.is_dir():
             raise UsageError(f"{out} given; {out.parent} is no directory")
@@ -119,6 +129,34 @@ def _measure(args: argparse.Namespace, bundle: Path, reports: list["Report"]) ->
 
         with heard(), Progress() as progress:
             measure(bundle, options, progress.step, keep)
+
+
+def _measured_there(args: argparse.Namespace) -> list["Report"]:
+    """The reports of another machine."""
+    import json
+
+    from edgekit.cli.progress import Progress
+    from edgekit.remote import profile_remotely
+
+    with heard(), Progress() as progress:
+        text = profile_remotely(
+            args.host,
+            args.bundle,
+            _said_again(args),
+            engines=args.engine or (),
+            progress=progress.step,
+        )
+    return _loaded(json.loads(text), args.host)
+
+
+def _said_again(args: argparse.Namespace) -> list[str]:
+    """The flags of this call that say what to measure."""
+    lists = {"engine": args.engine, "threads": args.threads}
+    lists |= {"prompt": args.prompt, "depth": args.depth}
+    words = [f"--{name}={','.join(map(str, given))}" for name, given in lists.items() if given]
+    words += [f"--gen={args.gen}", f"--repeat={args.repeat}"]
+    words += [] if args.device is None else [f"--device={args.device}"]
+    return [*words, *(f"--{name}" for name in ("load", "ops") if getattr(args, name))]
 
 
 def _variants(
@@ -206,17 +244,24 @@ def _read(path: Path) -> list["Measured"]:
 
     from edgekit import config
     from edgekit.peers import PeerReport
-    from edgekit.runtime.latency import Report
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        kinds: list[type[Measured]] = [PeerReport if "peer" in item else Report for item in data]
+        peers = [item for item in data if "peer" in item]
+        reports = _loaded([item for item in data if "peer" not in item], str(path))
         return [
-            config.load(kind, item, where=str(path), error=UsageError)
-            for kind, item in zip(kinds, data, strict=True)
+            *reports,
+            *(config.load(PeerReport, peer, where=str(path), error=UsageError) for peer in peers),
         ]
     except (ValueError, TypeError) as cause:
         raise UsageError(f"{path}: {cause}; allowed: what --format json -o wrote") from cause
+
+
+def _loaded(data: list[Any], where: str) -> list["Report"]:
+    from edgekit import config
+    from edgekit.runtime.latency import Report
+
+    return [config.load(Report, item, where=where, error=UsageError) for item in data]
 
 
 def _warn_if_busy(report: "Report") -> None:

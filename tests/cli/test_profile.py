@@ -168,3 +168,15 @@ def test_a_peer_that_is_not_there_is_said_at_once(
     assert "pip install llama-cpp-python" in missing.err
     unread = edgekit("profile", lawcat_bundle, *BRIEF, "--peer", "openvino-genai=nowhere")
     assert "allowed: a directory with openvino_model.xml" in unread.err
+
+
+def test_a_host_is_refused_beside_what_is_measured_here(
+    edgekit: Edgekit, lawcat_bundle: Path
+) -> None:
+    done = edgekit("profile", lawcat_bundle, "--host", "nobody@nowhere.invalid", "--floor")
+    assert done.code == 2
+    assert "allowed beside it: reports to --compare" in done.err
+    unreachable = edgekit("profile", lawcat_bundle, "--host", "nobody@nowhere.invalid")
+    assert unreachable.code == 1
+    assert "nowhere.invalid" in unreachable.err
+    assert unreachable.err.strip().count("\n") <= 1
