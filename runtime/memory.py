@@ -8,7 +8,7 @@ from pathlib import Path
 from edgekit.runtime.apart import answer, measured_apart
 from edgekit.runtime.workload import Options, at_depths, greedy, open_model, prompt_ids
 
-__all__ = ["Memory", "measure_memory"]
+__all__ = ["Memory", "measure_memory", "peak_rss"]
 
 DECODED = 8
 
@@ -47,17 +47,17 @@ def measure_memory(bundle: str | Path, options: Options) -> Memory | None:
 
 def _memory_here(bundle: Path, options: Options) -> Memory:
     model = open_model(bundle, options)
-    loaded, resettable = _peak_rss(), _reset_peak()
+    loaded, resettable = peak_rss(), _reset_peak()
     ids = prompt_ids(model, options.longest)
     depths = {}
     for depth, session, logits in at_depths(model, ids, options.depths):
         greedy(session, logits, DECODED)
-        depths[str(depth)] = _peak_rss()
+        depths[str(depth)] = peak_rss()
         _reset_peak()
     prompt = None
     if options.prompts:
         model.session().append(ids[: max(options.prompts)])
-        prompt = _peak_rss()
+        prompt = peak_rss()
     return Memory(
         load=loaded,
         depth=depths if resettable else None,
@@ -66,8 +66,12 @@ def _memory_here(bundle: Path, options: Options) -> Memory:
     )
 
 
-def _peak_rss() -> int:
-    """VmHWM of this process in bytes."""
+def peak_rss() -> int:
+    """VmHWM of this process in bytes; `ru_maxrss` would count what its parent held at the start.
+
+    Raises:
+        FileNotFoundError: where `/proc` does not tell (not Linux).
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])

@@ -19,6 +19,7 @@ from edgekit import config
 from edgekit.peers.report import Missing, PeerDecode, Setup
 from edgekit.runtime.engine import Integers
 from edgekit.runtime.latency import Prefill, Spread
+from edgekit.runtime.memory import peak_rss
 from edgekit.runtime.workload import TEXT
 
 __all__ = ["MARK", "Peer", "Request", "agreeing", "serve"]
@@ -77,7 +78,7 @@ def serve(open_peer: Callable[[Request], Peer]) -> None:
     for row in request.rows():
         _say("step", f"{row.row} of {row.tokens} tokens")
         _say(*_measured(peer, ids, row, request))
-    peak = _peak_rss()
+    peak = peak_rss() if Path("/proc/self/status").is_file() else None
     if peak is not None:
         _say("peak_rss", peak)
 
@@ -136,12 +137,3 @@ def _say(kind: str, data: Any) -> None:
 
 def _line(failure: Exception) -> str:
     return " ".join(str(failure).split()) or type(failure).__name__
-
-
-def _peak_rss() -> int | None:
-    """VmHWM in bytes; `ru_maxrss` would count what the parent held when it started this process."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
