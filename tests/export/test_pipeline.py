@@ -222,7 +222,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"mixer": "lawcat", "softmax_layers": [-1]},
         "softmax layer -1 given; allowed: 0 to 2",
     ),
-    "target": ({"target": "pentium"}, "target 'pentium' is unknown; known: generic-arm, generic-x86"),
+    "target": ({"target": "pentium"}, "target 'pentium' is unknown; known: generic-arm, generic"),
     "ops": ({"onnx_ops": "magic"}, "onnx_ops 'magic' given; allowed: contrib, portable"),
     "calibration-int8": (
         {"weights": "int8", "calibration": "text"},
