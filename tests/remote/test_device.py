@@ -1,8 +1,9 @@
 """One connection: who is let in, what runs there, and that it stops with what runs here."""
 
+import json
 import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,18 @@ import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(os.getpid(), child.pid, file=sys.stderr, flush=True)
 time.sleep(600)
+"""
+INTERRUPTED = 130
+RUNNER = f"""
+import json, signal, sys
+from edgekit.remote.device import connected
+signal.signal(signal.SIGINT, signal.default_int_handler)
+host, ssh, code = sys.argv[1:]
+try:
+    with connected(host, sys.executable, json.loads(ssh)) as device:
+        device.run([sys.executable, "-c", code], "failed", lambda line: print(line, flush=True))
+except KeyboardInterrupt:
+    sys.exit({INTERRUPTED})
 """
 
 
@@ -108,19 +121,15 @@ def test_one_run_at_a_time(device: Device) -> None:
         pass
 
 
-def test_an_interruption_here_stops_it_there(device: Device) -> None:
-    pids: list[int] = []
-
-    def interrupt(line: str) -> None:
-        pids.extend(map(int, line.split()))
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            device.run([sys.executable, "-c", SLEEPER], "failed", interrupt)
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_an_interruption_here_stops_it_there(server: Any) -> None:
+    """In a process of its own, as the signal of Ctrl-C is for the whole process."""
+    words = (RUNNER, HOST, json.dumps(server.ssh), SLEEPER)
+    here = subprocess.Popen([sys.executable, "-c", *words], stdout=subprocess.PIPE, text=True)
+    with here:
+        assert here.stdout is not None
+        pids = [int(pid) for pid in here.stdout.readline().split()]
+        here.send_signal(signal.SIGINT)
+        assert here.wait(timeout=30) == INTERRUPTED
     assert len(pids) == 2
     assert gone(pids, seconds=0.5)  # it was waited for
 
