@@ -1,17 +1,15 @@
 """Which operators take the time of a call: sums by their type, as the engine itself counts them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.runtime.engine import OperatorTime
 from edgekit.runtime.model import Model
 from edgekit.runtime.workload import Options, at_depths, greedy, open_model, prompt_ids
 
 __all__ = ["Operator", "Operators", "measure_operators"]
 
-WARM, STEPS = 2, 16
+PROMPTS, STEPS = 2, 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,43 +42,35 @@ class Operators:
 
 
 def measure_operators(bundle: str | Path, options: Options) -> tuple[Operators, ...]:
-    """Load a bundle with profiling, read the prompts, decode at the depths.
+    """Read the prompts and decode at the depths, each in a model of its own that takes times.
 
-    Counting slows a call a little: times are for comparing operators, not for speed.
+    Counting slows a call a little: times are for comparing operators, not for speed. A model of its
+    own, since OpenVINO tells the mean of all calls that a model has made.
 
     Raises:
         BundleError: if it is not a sound bundle.
         EngineError: if the engine or device is missing.
     """
-    model = open_model(bundle, options, profiling=True)
-    spans = [*_prompts(model, options), *_steps(model, options)]
-    times = model.operator_times()
-    return tuple(_summed(test, times[first:end]) for test, first, end in spans)
-
-
-def _prompts(model: Model, options: Options) -> list[tuple[str, int, int]]:
-    """Which calls read which prompt, after one reading that does not count: first and end."""
-    spans = []
+    reader = open_model(bundle, options)
+    found = []
     for length in options.prompts:
-        ids = prompt_ids(model, length)
-        model.session().append(ids)
-        before = model.calls
-        model.session().append(ids)
-        spans.append((f"pp{length}", before, model.calls))
-    return spans
+        ids = prompt_ids(reader, length)
+        model = open_model(bundle, options, profiling=True)
+        for _ in range(PROMPTS):
+            model.session().append(ids)
+        found.append(_summed(f"pp{length}", model))
+    ids = prompt_ids(reader, options.longest)
+    for depth, session, logits in at_depths(reader, ids, options.depths):
+        model = open_model(bundle, options, profiling=True)
+        timed = model.session()
+        timed.restore(session.snapshot())
+        greedy(timed, logits, STEPS)
+        found.append(_summed(f"tg @ {depth}", model))
+    return tuple(found)
 
 
-def _steps(model: Model, options: Options) -> list[tuple[str, int, int]]:
-    ids, spans = prompt_ids(model, options.longest), []
-    for depth, session, logits in at_depths(model, ids, options.depths):
-        greedy(session, logits, WARM)
-        before = model.calls
-        greedy(session, logits, STEPS)
-        spans.append((f"tg @ {depth}", before, model.calls))
-    return spans
-
-
-def _summed(test: str, times: Sequence[dict[str, OperatorTime]]) -> Operators:
+def _summed(test: str, model: Model) -> Operators:
+    times = model.operator_times()
     count: dict[str, float] = defaultdict(float)
     ms: dict[str, float] = defaultdict(float)
     for call in times:
