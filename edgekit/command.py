@@ -10,7 +10,17 @@ from typing import Any
 
 from edgekit.errors import EdgekitError
 
-__all__ = ["Told", "floats", "guarded", "module_parser", "numbers", "parsed", "setting", "whole"]
+__all__ = [
+    "Told",
+    "floats",
+    "guarded",
+    "last_line",
+    "module_parser",
+    "numbers",
+    "parsed",
+    "setting",
+    "whole",
+]
 
 SECONDS = 10.0  # between two lines
 
@@ -27,6 +37,11 @@ class Told:
         if self._last is None or now - self._last > SECONDS:
             self._last = now
             print(f"[{number + 1}/{count}] {name}", file=sys.stderr, flush=True)
+
+
+def last_line(text: str) -> str:
+    """The last line that a program wrote, which says what went wrong; `no message` without one."""
+    return (text.strip().splitlines() or ["no message"])[-1].strip()
 
 
 def guarded(name: str, work: Callable[[], str]) -> int:

@@ -50,11 +50,6 @@ class Sequences:
         """How many there are."""
         return len(self.offsets) - 1
 
-    @property
-    def packed(self) -> bool:
-        """Whether their lengths are known to the device alone."""
-        return self.time is None
-
     def chunks(self, length: int, *, before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Which sequence each chunk belongs to; a sequence's last chunk may be shorter.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgekit import config
+from edgekit.command import last_line
 from edgekit.errors import EdgekitError, EngineError
 from edgekit.runtime.workload import Options
 
@@ -33,7 +34,7 @@ def measured_apart(module: str, kind: type[Found], bundle: str | Path, options: 
     command = [sys.executable, "-P", "-m", module, str(bundle), plain]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = last_line(done.stderr)
         raise EngineError(f"{bundle}: the process that runs {module} failed: {reason}")
     return config.load(kind, json.loads(done.stdout.splitlines()[-1]), where=module)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from edgekit.runtime.workload import (
 )
 from edgekit.targets import cpu_facts
 
-__all__ = ["Decode", "Memory", "Options", "Prefill", "Report", "Spread", "measure"]
+__all__ = ["Decode", "Memory", "Options", "Prefill", "Report", "Spread", "Steps", "measure"]
 
 ENGINE_PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}
 
@@ -74,9 +74,20 @@ class Prefill:
     ttft_ms: Spread
     joules_per_token: float | None = None
 
+    @classmethod
+    def of(cls, tokens: int, times: Sequence[tuple[float, float]], **more: Any) -> "Prefill":
+        """Of some readings: seconds until the prompt was read, and until the token was known."""
+        read, first = zip(*times, strict=True)
+        return cls(
+            tokens=tokens,
+            tokens_per_second=Spread.of([tokens / seconds for seconds in read]),
+            ttft_ms=Spread.of([1e3 * seconds for seconds in first]),
+            **more,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Decode:
+class Steps:
     """Decoding one token at a time after `depth` tokens; percentiles are over every timed token."""
 
     depth: int
@@ -85,6 +96,26 @@ class Decode:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+
+    @classmethod
+    def of(cls, depth: int, times: Sequence[Sequence[float]], **more: Any) -> Self:
+        """Of some repetitions, the seconds of each step in each."""
+        p50, p90, p99 = (float(1e3 * q) for q in np.percentile(times, [50, 90, 99]))
+        return cls(
+            depth=depth,
+            tokens=len(times[0]),
+            tokens_per_second=Spread.of([len(steps) / sum(steps) for steps in times]),
+            p50_ms=p50,
+            p90_ms=p90,
+            p99_ms=p99,
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decode(Steps):
+    """What a session tells besides: the bytes of its state, and energy as in `Prefill`."""
+
     state_bytes: int
     joules_per_token: float | None = None
 
@@ -216,13 +247,9 @@ def _teller(options: Options, progress: Progress | None) -> Callable[[str], None
 def _prefill(model: Model, ids: Integers, repeat: int) -> Prefill:
     _first_token(model, ids)  # not counted
     joules = energy_meter()
-    read, first = zip(*(_first_token(model, ids) for _ in range(repeat)), strict=True)
-    return Prefill(
-        tokens=len(ids),
-        tokens_per_second=Spread.of([len(ids) / seconds for seconds in read]),
-        ttft_ms=Spread.of([1e3 * seconds for seconds in first]),
-        joules_per_token=_share(joules(), repeat * len(ids)),
-    )
+    times = [_first_token(model, ids) for _ in range(repeat)]
+    joules_per_token = _share(joules(), repeat * len(ids))
+    return Prefill.of(len(ids), times, joules_per_token=joules_per_token)
 
 
 def _first_token(model: Model, ids: Integers) -> tuple[float, float]:
@@ -240,21 +267,15 @@ def _decode(
 ) -> tuple[Decode, list[int]]:
     here = session.snapshot()
     _, output = greedy(session, logits, options.tokens)  # not counted
-    rates, steps = [], list[float]()
+    times = []
     joules = energy_meter()
     for _ in range(options.repeat):
         session.restore(here)
-        times, output = greedy(session, logits, options.tokens)
-        rates.append(len(times) / sum(times))
-        steps += times
-    p50, p90, p99 = (float(1e3 * q) for q in np.percentile(steps, [50, 90, 99]))
-    row = Decode(
-        depth=depth,
-        tokens=options.tokens,
-        tokens_per_second=Spread.of(rates),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
+        steps, output = greedy(session, logits, options.tokens)
+        times.append(steps)
+    row = Decode.of(
+        depth,
+        times,
         state_bytes=session.state_bytes,
         joules_per_token=_share(joules(), options.repeat * options.tokens),
     )

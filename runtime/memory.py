@@ -4,11 +4,12 @@ import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from edgekit.runtime.apart import answer, measured_apart
 from edgekit.runtime.workload import Options, at_depths, greedy, open_model, prompt_ids
 
-__all__ = ["Memory", "measure_memory", "peak_rss"]
+__all__ = ["Memory", "measure_memory", "status_bytes"]
 
 DECODED = 8
 
@@ -40,24 +41,24 @@ def measure_memory(bundle: str | Path, options: Options) -> Memory | None:
     Raises:
         EngineError: if that process fails.
     """
-    if not Path("/proc/self/status").is_file():
+    if status_bytes("VmHWM") is None:
         return None
     return measured_apart("edgekit.runtime.memory", Memory, bundle, options)
 
 
 def _memory_here(bundle: Path, options: Options) -> Memory:
     model = open_model(bundle, options)
-    loaded, resettable = peak_rss(), _reset_peak()
+    loaded, resettable = _peak(), _reset_peak()
     ids = prompt_ids(model, options.longest)
     depths = {}
     for depth, session, logits in at_depths(model, ids, options.depths):
         greedy(session, logits, DECODED)
-        depths[str(depth)] = peak_rss()
+        depths[str(depth)] = _peak()
         _reset_peak()
     prompt = None
     if options.prompts:
         model.session().append(ids[: max(options.prompts)])
-        prompt = peak_rss()
+        prompt = _peak()
     return Memory(
         load=loaded,
         depth=depths if resettable else None,
@@ -66,15 +67,23 @@ def _memory_here(bundle: Path, options: Options) -> Memory:
     )
 
 
-def peak_rss() -> int:
-    """VmHWM of this process in bytes; `ru_maxrss` would count what its parent held at the start.
+def status_bytes(name: Literal["VmHWM", "VmRSS"]) -> int | None:
+    """The peak (`VmHWM`) or the present size of this process's resident memory.
 
-    Raises:
-        FileNotFoundError: where `/proc` does not tell (not Linux).
+    `ru_maxrss` would count what its parent held at the start. None where `/proc` does not tell (not
+    Linux).
     """
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        return None
+    lines = file.read_text(encoding="ascii", errors="replace").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def _peak() -> int:
+    peak = status_bytes("VmHWM")
+    assert peak is not None  # `measure_memory` has looked
+    return peak
 
 
 def _reset_peak() -> bool:

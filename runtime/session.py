@@ -3,7 +3,6 @@
 B rows (batch), T tokens of one call, S columns appended so far, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from edgekit.runtime.state import (
     check_snapshot,
     load_snapshot,
     save_snapshot,
-    state_shape,
+    state_bytes,
 )
 
 __all__ = ["Session"]
@@ -107,11 +106,7 @@ class Session:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state at this position; constant where no layer keeps keys and values."""
-        return sum(
-            math.prod(state_shape(record, self._name, self.batch, self._position))
-            * np.dtype(record.dtype).itemsize
-            for record in self._manifest.states
-        )
+        return state_bytes(self._manifest, self._name, self._position, batch=self.batch)
 
     @property
     def room(self) -> int | None:

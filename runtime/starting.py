@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.runtime.apart import answer, measured_apart
-from edgekit.runtime.loading import load
-from edgekit.runtime.workload import Options
+from edgekit.runtime.workload import Options, open_model
 
 __all__ = ["Starting", "measure_starting"]
 
@@ -49,13 +48,7 @@ def _starting_here(bundle: Path, options: Options) -> Starting:
     times = []
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(2):
-            model = load(
-                bundle,
-                engine=options.engine,
-                device=options.device,
-                threads=options.threads,
-                cache_dir=cache,
-            )
+            model = open_model(bundle, options, cache_dir=cache)
             times.append((1e3 * model.load_seconds, 1e3 * model.compile_seconds))
             del model  # a second copy of the weights would slow the second load
     (cold_load, cold_compile), (cached_load, cached_compile) = times

@@ -4,6 +4,7 @@ The file's metadata name the bundle (its fingerprint) and the engine, because a 
 to another graph. Copies are bit exact.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from edgekit.bundle import Manifest, StateRecord
 from edgekit.errors import BundleError, UsageError
 from edgekit.runtime.engine import Array, Integers, state_key
 
-__all__ = ["Snapshot", "load_snapshot", "save_snapshot", "state_shape"]
+__all__ = ["Snapshot", "load_snapshot", "save_snapshot", "state_bytes", "state_shape"]
 
 FORMAT = "edgekit-state-1"
 STATE = "state."
@@ -49,6 +50,14 @@ class Snapshot:
     def batch(self) -> int:
         """B: rows."""
         return len(self.tokens)
+
+
+def state_bytes(manifest: Manifest, engine: str, position: int, *, batch: int = 1) -> int:
+    """Bytes of every state of `batch` rows after `position` columns."""
+    return sum(
+        math.prod(state_shape(record, engine, batch, position)) * np.dtype(record.dtype).itemsize
+        for record in manifest.states
+    )
 
 
 def state_shape(record: StateRecord, engine: str, batch: int, position: int) -> tuple[int, ...]:

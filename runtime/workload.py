@@ -81,13 +81,20 @@ class Options:
         return max((*self.prompts, *self.depths, 1))
 
 
-def open_model(bundle: str | Path, options: Options, *, profiling: bool = False) -> Model:
+def open_model(
+    bundle: str | Path,
+    options: Options,
+    *,
+    profiling: bool = False,
+    cache_dir: str | None = None,
+) -> Model:
     """Load the bundle and set the adapters as `options` ask; raises what these raise."""
     model = load(
         bundle,
         engine=options.engine,
         device=options.device,
         threads=options.threads,
+        cache_dir=cache_dir,
         profiling=profiling,
     )
     model.set_adapters({model.load_adapter(path): weight for path, weight in options.adapters})

@@ -18,6 +18,7 @@ from edgekit.errors import UsageError
 from edgekit.eval.reader import Floats, Integers
 from edgekit.eval.windows import Progress
 from edgekit.journal import Journal, Record
+from edgekit.runtime.memory import status_bytes
 
 __all__ = ["JOURNAL", "Carried", "Route", "logits_at", "walk"]
 
@@ -137,7 +138,9 @@ def walk(
         seconds = round(time.perf_counter() - began, 3)
         tokens = (done + 1) * route.stretch
         _leave(folder, tokens, reading, logits[0])
-        journal.append({"tokens": tokens, "run": run, "seconds": seconds, "rss": _resident()})
+        journal.append(
+            {"tokens": tokens, "run": run, "seconds": seconds, "rss": status_bytes("VmRSS")}
+        )
         _forget_states(folder, but=tokens)
     return journal.records
 
@@ -169,12 +172,3 @@ def _logits_name(tokens: int) -> str:
 
 def _state_name(tokens: int) -> str:
     return f"state-{tokens:09}.safetensors"
-
-
-def _resident() -> int | None:
-    """VmRSS of this process in bytes."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmRSS:")).split()[1])

@@ -15,12 +15,11 @@ Example:
 from edgekit.peers.measuring import measure_peer
 from edgekit.peers.models import default_model
 from edgekit.peers.registry import PEERS, check_installed
-from edgekit.peers.report import Missing, PeerDecode, PeerReport
+from edgekit.peers.report import Missing, PeerReport
 
 __all__ = [
     "PEERS",
     "Missing",
-    "PeerDecode",
     "PeerReport",
     "check_installed",
     "default_model",

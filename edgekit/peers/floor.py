@@ -26,8 +26,9 @@ import numpy as np
 from edgekit.bundle import read_manifest
 from edgekit.errors import EngineError, UsageError
 from edgekit.peers.cpus import usable_threads
-from edgekit.peers.traffic import state_bytes, weight_bytes
+from edgekit.peers.traffic import weight_bytes
 from edgekit.runtime.latency import Spread
+from edgekit.runtime.state import state_bytes
 
 __all__ = ["Bandwidth", "Floor", "floors", "measure_bandwidth"]
 

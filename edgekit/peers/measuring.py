@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import config
+from edgekit.command import last_line
 from edgekit.errors import EngineError
 from edgekit.peers.registry import PEERS, check_installed, model_files
-from edgekit.peers.report import Missing, PeerDecode, PeerReport, Setup
+from edgekit.peers.report import Missing, PeerReport, Setup
 from edgekit.peers.worker import MARK, Request
-from edgekit.runtime.latency import Prefill
+from edgekit.runtime.latency import Prefill, Steps
 from edgekit.runtime.workload import Options, Progress
 
 __all__ = ["measure_peer"]
@@ -26,7 +27,7 @@ KINDS: dict[str, type] = {
     "load_ms": float,
     "setup": Setup,
     "prefill": Prefill,
-    "decode": PeerDecode,
+    "decode": Steps,
     "missing": Missing,
     "peak_rss": int,
 }
@@ -126,5 +127,4 @@ def _said(name: str, request: Request) -> Generator[tuple[str, Any]]:
             yield "killed", -code
         elif code > 0:
             noise.seek(0)
-            reason = (noise.read().strip().splitlines() or ["no message"])[-1]
-            raise EngineError(f"peer {name}: {request.model}: {reason}")
+            raise EngineError(f"peer {name}: {request.model}: {last_line(noise.read())}")

@@ -3,21 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from edgekit.runtime.latency import Prefill, Spread
+from edgekit.runtime.latency import Prefill, Steps
 
-__all__ = ["Missing", "PeerDecode", "PeerReport", "Setup"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeerDecode:
-    """As `edgekit.runtime.latency.Decode`, without the state's bytes, which peers do not tell."""
-
-    depth: int
-    tokens: int
-    tokens_per_second: Spread
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
+__all__ = ["Missing", "PeerReport", "Setup"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +57,6 @@ class PeerReport:
     load_ms: float | None = None
     setup: Setup | None = None
     prefill: tuple[Prefill, ...] = ()
-    decode: tuple[PeerDecode, ...] = ()
+    decode: tuple[Steps, ...] = ()
     missing: tuple[Missing, ...] = ()
     peak_rss: int | None = None

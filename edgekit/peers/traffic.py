@@ -1,4 +1,4 @@
-"""How many bytes a decoding step must read: the weights, by the graph itself, and the state.
+"""How many bytes of weights a decoding step must read, by the graph itself.
 
 A weight that is only looked up in counts nothing, as a step reads one row of it: a token table that
 the head does not share, or the sines and cosines of positions.
@@ -6,17 +6,12 @@ the head does not share, or the sines and cosines of positions.
 
 import importlib
 from collections import defaultdict
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edgekit.bundle import Manifest
 from edgekit.errors import EngineError
-from edgekit.runtime.state import state_shape
 
-__all__ = ["state_bytes", "weight_bytes"]
+__all__ = ["weight_bytes"]
 
 # Between an OpenVINO weight and what reads it, where it is stored in few bits.
 DECOMPRESSION = ("Convert", "Multiply", "Reshape", "Subtract")
@@ -41,14 +36,6 @@ def weight_bytes(graph: Path) -> int:
             f"pip install {package}"
         ) from cause
     return count(module, graph)
-
-
-def state_bytes(manifest: Manifest, engine: str, depth: int) -> int:
-    """The bytes of one sequence's state after `depth` tokens, by the bundle's own record."""
-    return sum(
-        np.dtype(record.dtype).itemsize * prod(state_shape(record, engine, 1, depth))
-        for record in manifest.states
-    )
 
 
 def _openvino_bytes(ov: Any, graph: Path) -> int:

@@ -10,16 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from edgekit import config
-from edgekit.peers.report import Missing, PeerDecode, Setup
+from edgekit.peers.report import Missing, Setup
 from edgekit.runtime.engine import Integers
-from edgekit.runtime.latency import Prefill, Spread
-from edgekit.runtime.memory import peak_rss
+from edgekit.runtime.latency import Prefill, Steps
+from edgekit.runtime.memory import status_bytes
 from edgekit.runtime.workload import TEXT
 
 __all__ = ["MARK", "Peer", "Request", "agreeing", "serve"]
@@ -78,7 +77,7 @@ def serve(open_peer: Callable[[Request], Peer]) -> None:
     for row in request.rows():
         _say("step", f"{row.row} of {row.tokens} tokens")
         _say(*_measured(peer, ids, row, request))
-    peak = peak_rss() if Path("/proc/self/status").is_file() else None
+    peak = status_bytes("VmHWM")
     if peak is not None:
         _say("peak_rss", peak)
 
@@ -92,7 +91,7 @@ def agreeing(known: Integers, ids: Integers) -> int:
 
 def _measured(
     peer: Peer, text: Integers, row: Missing, request: Request
-) -> tuple[str, Prefill | PeerDecode | Missing]:
+) -> tuple[str, Prefill | Steps | Missing]:
     """One row, or why it could not be measured."""
     needed, context = request.positions(row), peer.setup.context
     if context is not None and needed > context:
@@ -109,26 +108,12 @@ def _measured(
 
 def _prefill(peer: Peer, ids: Integers, repeat: int) -> Prefill:
     peer.prefill(ids)  # not counted
-    read, first = zip(*(peer.prefill(ids) for _ in range(repeat)), strict=True)
-    return Prefill(
-        tokens=len(ids),
-        tokens_per_second=Spread.of([len(ids) / seconds for seconds in read]),
-        ttft_ms=Spread.of([1e3 * seconds for seconds in first]),
-    )
+    return Prefill.of(len(ids), [peer.prefill(ids) for _ in range(repeat)])
 
 
-def _decode(peer: Peer, ids: Integers, depth: int, request: Request) -> PeerDecode:
+def _decode(peer: Peer, ids: Integers, depth: int, request: Request) -> Steps:
     peer.decode(ids, request.tokens)  # not counted
-    steps = [peer.decode(ids, request.tokens) for _ in range(request.repeat)]
-    p50, p90, p99 = (float(1e3 * q) for q in np.percentile(steps, [50, 90, 99]))
-    return PeerDecode(
-        depth=depth,
-        tokens=request.tokens,
-        tokens_per_second=Spread.of([len(times) / sum(times) for times in steps]),
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99,
-    )
+    return Steps.of(depth, [peer.decode(ids, request.tokens) for _ in range(request.repeat)])
 
 
 def _say(kind: str, data: Any) -> None:

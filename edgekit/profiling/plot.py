@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgekit.figures import write_png
-from edgekit.peers.report import PeerDecode
 from edgekit.profiling.comparison import Measured
-from edgekit.runtime.latency import Decode
+from edgekit.runtime.latency import Steps
 
 __all__ = ["draw_latency"]
 
@@ -27,7 +26,7 @@ def draw_latency(reports: Mapping[str, Measured], out: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, report in reports.items():
-        rows: list[Decode | PeerDecode] = sorted(report.decode, key=lambda row: row.depth)
+        rows: list[Steps] = sorted(report.decode, key=lambda row: row.depth)
         depths = [max(row.depth, 1) for row in rows]
         (line,) = axes.plot(depths, [row.p50_ms for row in rows], marker="o", label=name)
         axes.fill_between(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
+from edgekit.command import last_line
 from edgekit.errors import EngineError, UsageError
 from edgekit.remote import there
 
@@ -279,5 +280,4 @@ def _open_end(pipe: IO[bytes] | None) -> IO[bytes]:
 
 def _last(told: str) -> str:
     """The last line, without what a command puts before an error."""
-    lines = [line for line in map(str.strip, told.splitlines()) if line]
-    return re.sub(r"^(edgekit: error|ERROR): ", "", lines[-1]) if lines else "no message"
+    return re.sub(r"^(edgekit: error|ERROR): ", "", last_line(told))

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from edgekit.command import last_line
 from edgekit.errors import EngineError
 
 __all__ = ["write_wheel"]
@@ -63,8 +64,7 @@ def _built(project: Path, folder: Path) -> Path:
             env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH},
         )  # fmt: skip
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EngineError(f"{project}: pip could not build the wheel: {reason}")
+        raise EngineError(f"{project}: pip could not build the wheel: {last_line(done.stderr)}")
     return next(folder.glob("*.whl"))
 
 

@@ -10,7 +10,8 @@ from edgekit.bundle import read_manifest
 from edgekit.errors import EngineError, UsageError
 from edgekit.export.pipeline import convert
 from edgekit.peers.floor import floors, largest_cache, measure_bandwidth
-from edgekit.peers.traffic import state_bytes, weight_bytes
+from edgekit.peers.traffic import weight_bytes
+from edgekit.runtime.state import state_bytes
 
 ENGINES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 Bundle = Callable[..., Path]
