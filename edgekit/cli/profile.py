@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit.cli.arguments import add_adapters, add_device, choices, heard, positive
 from edgekit.cli.extras import extra
 from edgekit.cli.output import write_text
-from edgekit.cli.profile_tables import FORMATS, compared_text, floor_table
+from edgekit.cli.profile_tables import FORMATS, TABLES, compared_text, floor_table
 from edgekit.command import numbers
 from edgekit.errors import UsageError
 from edgekit.targets.schema import ENGINES
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     peers = [(name, _readable(name, model, args.bundle)) for name, model in args.peer]
     ours: list[Report] = []
     others: list[Measured] = []
+    floor = ""
     try:
         if args.host is None:
             _measure(args, args.bundle, ours)
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
             _add_other(args, other, others)
         for name, model in peers:
             _add_peer(args, name, model, others)
+        if args.floor:
+            floor = _floors(args, ours)
     finally:  # when interrupted too
         if ours:
-            write_text(compared_text(ours, others, args.format), args.output)
-    if args.floor:
-        print(_floors(args, ours))
+            write_text(compared_text(ours, others, args.format) + floor, args.output)
     if args.plot is not None:
         from edgekit.profiling.comparison import named
         from edgekit.profiling.plot import draw_latency
@@ -111,6 +112,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             "--host given with something to measure here; allowed beside it: reports to --compare"
         )
+    if args.floor and args.format not in TABLES:
+        raise UsageError(f"--floor given with --format {args.format}; allowed: {', '.join(TABLES)}")
     for out in (args.plot, args.output):
         if out is not None and not out.parent.is_dir():
             raise UsageError(f"{out} given; {out.parent} is no directory")

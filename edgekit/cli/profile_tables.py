@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from edgekit.profiling.comparison import Measured, Pair
     from edgekit.runtime.latency import Decode, Report
 
-__all__ = ["FORMATS", "compared_text", "floor_table"]
+__all__ = ["FORMATS", "TABLES", "compared_text", "floor_table"]
 
-FORMATS = ("table", "json", "csv", "md", "llm-bench", "llama-bench")
+TABLES = ("table", "md")  # for people; the others are for programs
+FORMATS = (*TABLES, "json", "csv", "llm-bench", "llama-bench")
 HEADERS = (
     "bundle",
     "engine",
@@ -68,7 +69,7 @@ def compared_text(ours: Sequence["Report"], others: Sequence["Measured"], form: 
         return as_json([*ours, *others])
     reports = [*ours, *(other for other in others if isinstance(other, Report))]
     text = _rendered(reports, form)
-    if form not in ("table", "md") or not others:
+    if form not in TABLES or not others:
         return text
     notes = [_peer_line(other) for other in others if not isinstance(other, Report)]
     names = named([*ours, *others])
@@ -95,7 +96,7 @@ def floor_table(
     """
     rate = bandwidth.bytes_per_second
     head = (
-        f"\nmemory is read at {rate.high / 1e9:.1f} GB/s ({rate.low / 1e9:.1f} to "
+        f"\n\nmemory is read at {rate.high / 1e9:.1f} GB/s ({rate.low / 1e9:.1f} to "
         f"{rate.high / 1e9:.1f}) by {bandwidth.threads} threads\n"
     )
     cells = [

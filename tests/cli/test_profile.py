@@ -148,7 +148,10 @@ def test_a_peer_and_the_floor_stand_beside(
     peer = ("--peer", f"openvino-genai={bundle}")
     done = edgekit("profile", lawcat_bundle, "--engine", "openvino", *BRIEF, *peer, "--floor")
     assert done.code == 0, done.err
-    assert "memory is read at" in done.out
+    assert "\n\nmemory is read at" in done.out
+    mixed = edgekit("profile", lawcat_bundle, *BRIEF, "--floor", "--format", "json")
+    assert mixed.code == 2
+    assert "--floor given with --format json; allowed: table, md" in mixed.err
     (row,) = [line for line in done.out.splitlines() if line.startswith("tg2 @ 40 ")]
     assert len(row.split()) == 9  # the test's three words, ours, theirs, the ratio, its range
     edgekit("profile", bundle, *BRIEF, *peer, "--format", "json", "-o", kept)
