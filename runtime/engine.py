@@ -60,9 +60,9 @@ class EngineSettings:
 
 
 class OperatorTime(NamedTuple):
-    """How many operators of one type ran in a call, and for how long."""
+    """How many operators of one type ran in a mean call, and for how long."""
 
-    nodes: int
+    nodes: float
     seconds: float
 
 
@@ -135,8 +135,8 @@ class Engine(Protocol):
         """Calls of the decoder's graph so far, by all requests; 0 without `profiling`."""
         ...
 
-    def operator_times(self) -> list[dict[str, OperatorTime]]:
-        """Of each call so far, by the operators' type.
+    def operator_times(self) -> dict[str, OperatorTime]:
+        """Of a mean call, by the operators' type; all calls should be of one length.
 
         The graph must be compiled with `profiling`; ask once, when all is done.
         """

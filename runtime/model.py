@@ -82,8 +82,8 @@ class Model:
         """Calls of the decoder's graph so far, where it was loaded with `profiling`; else 0."""
         return self._compiled.calls
 
-    def operator_times(self) -> list[dict[str, OperatorTime]]:
-        """Of each call so far, what the operators of each type took; ask once, at the end.
+    def operator_times(self) -> dict[str, OperatorTime]:
+        """Of a mean call, what the operators of each type took; ask once, at the end.
 
         Raises:
             UsageError: if the model was not loaded with `profiling`.

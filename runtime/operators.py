@@ -1,6 +1,5 @@
 """Which operators take the time of a call: sums by their type, as the engine itself counts them."""
 
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +70,11 @@ def measure_operators(bundle: str | Path, options: Options) -> tuple[Operators, 
 
 def _summed(test: str, model: Model) -> Operators:
     times = model.operator_times()
-    count: dict[str, float] = defaultdict(float)
-    ms: dict[str, float] = defaultdict(float)
-    for call in times:
-        for kind, time in call.items():
-            count[kind] += time.nodes / len(times)
-            ms[kind] += 1e3 * time.seconds / len(times)
-    slowest = sorted(ms, key=lambda kind: -ms[kind])
-    operators = (Operator(type=kind, count=count[kind], ms=ms[kind]) for kind in slowest)
-    return Operators(test=test, calls=len(times), operators=tuple(operators))
+    slowest = sorted(times.items(), key=lambda item: -item[1].seconds)
+    return Operators(
+        test=test,
+        calls=model.calls,
+        operators=tuple(
+            Operator(type=kind, count=time.nodes, ms=1e3 * time.seconds) for kind, time in slowest
+        ),
+    )

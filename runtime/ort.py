@@ -90,9 +90,9 @@ class OnnxEngine:
         """Count a call of the decoder's graph, where calls are timed."""
         self.calls += self._profiled
 
-    def operator_times(self) -> list[dict[str, OperatorTime]]:
-        """Of each call so far, by the operators' type; ends the profiling."""
-        return operator_times(Path(self.session.end_profiling())) if self._profiled else []
+    def operator_times(self) -> dict[str, OperatorTime]:
+        """Of a mean call, by the operators' type; ends the profiling."""
+        return operator_times(Path(self.session.end_profiling())) if self._profiled else {}
 
     def request(self, batch: int) -> "OnnxRequest":
         """A new IO binding with states of its own."""

@@ -1,7 +1,7 @@
-"""ONNX Runtime's profile of a session: what the operators of each run took."""
+"""ONNX Runtime's profile of a session: what its operators took."""
 
 import json
-from bisect import bisect_right
+from collections import defaultdict
 from pathlib import Path
 
 from edgekit.runtime.engine import OperatorTime
@@ -11,20 +11,18 @@ __all__ = ["operator_times"]
 RUN, NODE, TIMED = "model_run", "Node", "_kernel_time"
 
 
-def operator_times(profile: Path) -> list[dict[str, OperatorTime]]:
-    """Of each run, in order: how many operators of a type ran, and for how long.
+def operator_times(profile: Path) -> dict[str, OperatorTime]:
+    """Of a mean run: how many operators of a type ran, and for how long.
 
     Args:
         profile: the JSON trace that `InferenceSession.end_profiling` names; times are microseconds.
     """
     events = json.loads(profile.read_text(encoding="utf-8"))
-    begins = sorted(event["ts"] for event in events if event["name"] == RUN)
-    found: list[dict[str, OperatorTime]] = [{} for _ in begins]
+    runs = sum(event["name"] == RUN for event in events)
+    nodes, seconds = defaultdict[str, int](int), defaultdict[str, float](float)
     for event in events:
-        if event.get("cat") != NODE or not event["name"].endswith(TIMED):
-            continue
-        run = found[bisect_right(begins, event["ts"]) - 1]
-        kind = event["args"]["op_name"]
-        count, seconds = run.get(kind, (0, 0.0))
-        run[kind] = OperatorTime(count + 1, seconds + 1e-6 * event["dur"])
-    return found
+        if event.get("cat") == NODE and event["name"].endswith(TIMED):
+            kind = event["args"]["op_name"]
+            nodes[kind] += 1
+            seconds[kind] += 1e-6 * event["dur"]
+    return {kind: OperatorTime(nodes[kind] / runs, seconds[kind] / runs) for kind in nodes}

@@ -51,8 +51,9 @@ class OpenVinoEngine:
         sizes = (CHUNK, 1) if settings.static else (None,)
         self._decoders = [_compiled(core, decoder, settings, size) for size in sizes]
         others = [_compiled(core, path, settings) for path in more]
-        self._times: list[dict[str, OperatorTime]] = []
-        self._called = _Clock(self._times) if settings.profiling else _nobody
+        self.calls = 0
+        self._profiled: ov.InferRequest | None = None
+        self._profiling = settings.profiling
         self._table: Any = others[0] if others else None
         self._vision = others[1:]
         self.compile_seconds = time.perf_counter() - started
@@ -71,14 +72,14 @@ class OpenVinoEngine:
         request = graph.create_infer_request()
         return OpenVinoRequest(request, table, self.keys, batch, self._called)
 
-    @property
-    def calls(self) -> int:
-        """Calls of the decoder's graph so far; 0 without profiling."""
-        return len(self._times)
+    def _called(self, request: ov.InferRequest) -> None:
+        """Note a call of the decoder's graph, where calls are timed."""
+        if self._profiling:
+            self.calls, self._profiled = self.calls + 1, request
 
-    def operator_times(self) -> list[dict[str, OperatorTime]]:
-        """Of each call so far, by the operators' type; empty without profiling."""
-        return list(self._times)
+    def operator_times(self) -> dict[str, OperatorTime]:
+        """Of a mean call, by the operators' type: any request tells it of all calls."""
+        return {} if self._profiled is None else _operator_times(self._profiled)
 
     def look(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graphs of pictures, one on what the other says; several threads may."""
@@ -208,36 +209,8 @@ def _inferred(request: ov.InferRequest, inputs: Mapping[Any, Array]) -> Any:
         raise EngineError(f"OpenVINO failed: {_reason(cause)}") from cause
 
 
-def _nobody(request: ov.InferRequest) -> None:
-    """Whoever is told of calls that nobody times."""
-
-
-class _Clock:
-    """Times of a graph's calls, which OpenVINO tells as the mean of all that were made so far.
-
-    So they are right where all calls of the model are of one length.
-    """
-
-    def __init__(self, times: list[dict[str, OperatorTime]]) -> None:
-        self._times = times
-        self._calls, self._before = 0, dict[str, float]()
-
-    def __call__(self, request: ov.InferRequest) -> None:
-        """Note the call that `request` has just made."""
-        self._calls += 1
-        means = _operator_times(request)
-        sums = {kind: mean.seconds * self._calls for kind, mean in means.items()}
-        self._times.append(
-            {
-                kind: OperatorTime(mean.nodes, sums[kind] - self._before.get(kind, 0.0))
-                for kind, mean in means.items()
-            }
-        )
-        self._before = sums
-
-
 def _operator_times(request: ov.InferRequest) -> dict[str, OperatorTime]:
-    """What a mean call took so far, by the type that the device runs."""
+    """By the type that the device runs; OpenVINO tells the mean of all calls of the model."""
     found: dict[str, OperatorTime] = {}
     for node in request.profiling_info:
         count, seconds = found.get(node.node_type, (0, 0.0))
