@@ -23,9 +23,9 @@ import openvino as ov
 from openvino import opset15 as op
 
 from edgekit.export.openvino_spin import HeadGate
-from edgekit.export.openvino_values import ints, scalar, sliced
+from edgekit.export.openvino_values import ints, named, scalar, sliced
 from edgekit.models.config import DecoderConfig
-from edgekit.runtime.ov_static import CHUNK
+from edgekit.runtime.ov_shapes import CHUNK
 
 __all__ = ["Chunking", "chunk_count", "gated_attention", "lower_triangle", "scan"]
 
@@ -89,6 +89,8 @@ def gated_attention(
     chunking: Chunking,
     config: DecoderConfig,
     gate: HeadGate | None = None,
+    *,
+    name: str,
 ) -> tuple[Handle, Handle]:
     """Add the recurrence to the graph.
 
@@ -101,15 +103,22 @@ def gated_attention(
         chunking: how T is cut.
         config: sizes and eps.
         gate: SPIN's, if it turns down heads of this layer.
+        name: what the runtime calls the recurrence's ends by, `{name}.q` to `{name}.y`, where it
+            puts the form of one token in its place (`runtime/ov_step.py`).
 
     Returns:
         The output `[B, T, H * d]`, normalised or scaled, and the state after the call.
     """
     values = op.concat([v, chunking.tail], 3)
-    kc, vc, gc = (op.reshape(x, chunking.key_shape, True) for x in (k, values, g))
+    kc, vc, gc = (
+        named(op.reshape(x, chunking.key_shape, True), f"{name}.{part}")
+        for part, x in (("k", k), ("v", values), ("g", g))
+    )
     b = op.matmul(chunking.triangle, gc, False, False)
     middle, last = (op.gather(b, row, ints(3)) for row in (chunking.middle, chunking.last))
-    qc = _swap_groups(op.reshape(q, chunking.query_shape, True))  # [B, S, N, G, C, F]
+    split = op.reshape(q, chunking.query_shape, True)
+    split.set_friendly_name(f"{name}.q")
+    qc = _swap_groups(split)  # [B, S, N, G, C, F]
     qc = op.multiply(qc, op.unsqueeze(op.exp(op.subtract(b, middle)), ints([3])))
     kc = op.multiply(kc, op.exp(op.subtract(middle, b)))
     pairs = op.matmul(qc, op.unsqueeze(kc, ints([3])), False, True)
@@ -120,7 +129,9 @@ def gated_attention(
     entering, after = scan(added.output(0), past, _column(op.exp(last), config))
     anchored = op.unsqueeze(op.multiply(_column(op.exp(middle), config), entering), ints([3]))
     y = _swap_groups(op.add(within, op.matmul(qc, anchored, False, False)))
-    return _finished(op.reshape(y, chunking.output_shape, True), config, gate), after
+    joined = op.reshape(y, chunking.output_shape, True)
+    joined.set_friendly_name(f"{name}.y")
+    return _finished(joined, config, gate), after
 
 
 def _tail(ones: ov.Node, image: Handle | None) -> Handle:

@@ -24,7 +24,7 @@ from edgekit.bundle import check_files, read_manifest
 from edgekit.command import guarded, module_parser, parsed, whole
 from edgekit.errors import BundleError
 from edgekit.export.openvino_file import save_ir
-from edgekit.runtime.ov_static import CHUNK, fix_shapes
+from edgekit.runtime.ov_shapes import CHUNK, fix_shapes
 from edgekit.staging import staged
 
 __all__ = ["main", "write_static"]

@@ -240,7 +240,8 @@ class OpenVinoGraph:
         past = self._state(name, [config.state_heads, config.state_rows, config.value_columns])
         values = self._heads(v, config.head_dim)
         gate = self._call.padded_gate if config.is_gated(layer) else None
-        y, after = gated_attention(q, k, values, g, past, self._call.chunking, config, gate)
+        chunking = self._call.chunking
+        y, after = gated_attention(q, k, values, g, past, chunking, config, gate, name=name)
         self._assign(after, name)
         return y
 

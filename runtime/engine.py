@@ -45,7 +45,7 @@ class EngineSettings:
         cache_dir: where compiled blobs may be kept between runs; None: nowhere.
         precision: the arithmetic to ask for, such as `f32`.
         hints: properties of OpenVINO by name; ONNX Runtime has none.
-        static: whether every shape must be fixed, as an NPU asks (OpenVINO).
+        graph: `dynamic`, `stepped` or `static`, as `targets.Target.graph` says it (OpenVINO).
         profiling: whether to take the time of every operator, which slows calls a little.
     """
 
@@ -56,7 +56,7 @@ class EngineSettings:
     precision: str
     profiling: bool = False
     hints: Mapping[str, str] = field(default_factory=dict)
-    static: bool = False
+    graph: str = "dynamic"
 
 
 class OperatorTime(NamedTuple):

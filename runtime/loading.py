@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ def load(
     logits: Literal["last", "all"] = "last",
     threads: int | None = None,
     cache_dir: str | Path | None = None,
+    graph: str | None = None,
     check: bool = True,
     profiling: bool = False,
 ) -> "Model":
@@ -48,6 +50,8 @@ def load(
         threads: CPU threads; None: the target's setting, or else the engine's choice.
         cache_dir: where OpenVINO keeps compiled blobs, which makes the next load faster; None: the
             target's setting.
+        graph: OpenVINO's form of the decoder, `dynamic`, `stepped` or `static`
+            (`targets.Target.graph`); None: the target's, on its own device.
         check: compare the sha256 of every file that is used with the manifest.
         profiling: take the time of every operator, for `Model.operator_times`.
 
@@ -74,6 +78,8 @@ def load(
         wanted = (*manifest.engine_files(name), *TEXT_FILES, PROCESSOR)
         check_files(directory, manifest, (file for file in wanted if file in manifest.files))
     settings = _settings(target, name, device, logits, threads, cache_dir, profiling)
+    graph = _graph(target, manifest, settings, name, graph)
+    settings = replace(settings, graph=graph)
     if settings.device == target.device:
         targets.check_serves(target, manifest, targets.memory_bytes())
     tokenizer = Tokenizer(directory)
@@ -117,8 +123,29 @@ def _settings(
         precision=target.inference_precision if own else "f32",
         profiling=profiling,
         hints=target.hints if own else {"PERFORMANCE_HINT": "LATENCY"},
-        static=own and target.graph == "static",
     )
+
+
+def _graph(
+    target: targets.Target,
+    manifest: Manifest,
+    settings: EngineSettings,
+    engine: str,
+    asked: str | None,
+) -> str:
+    """What was asked for, or what the target's own device can have."""
+    if asked is not None:
+        if engine != "openvino" or asked not in targets.GRAPHS:
+            raise UsageError(
+                f"graph {asked!r} given on {engine}; allowed: {', '.join(targets.GRAPHS)}, on "
+                "openvino alone"
+            )
+        return asked
+    if engine != "openvino" or settings.device != target.device:
+        return "dynamic"
+    graph = targets.fitting_graph(target, manifest, targets.memory_bytes())
+    # Who wants the logits of every position reads texts, and decodes little.
+    return "dynamic" if graph == "stepped" and settings.logits == "all" else graph
 
 
 def _chosen_engine(manifest: Manifest, engine: str | None, preferred: str) -> str:

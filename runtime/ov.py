@@ -1,6 +1,6 @@
 """OpenVINO: one compiled model, one infer request per session, the states as its variables.
 
-The only file that imports openvino, but for `ov_static.py`.
+The only file that imports openvino, but for `ov_shapes.py`.
 """
 
 import time
@@ -24,7 +24,8 @@ from edgekit.runtime.engine import (
     state_key,
 )
 from edgekit.runtime.lowrank import Pair
-from edgekit.runtime.ov_static import CHUNK, StaticRequest, fix_shapes
+from edgekit.runtime.ov_pairs import StaticRequest, SteppedRequest
+from edgekit.runtime.ov_shapes import CHUNK, fix_shapes
 
 __all__ = ["OpenVinoEngine", "OpenVinoRequest"]
 
@@ -48,12 +49,11 @@ class OpenVinoEngine:
         started = time.perf_counter()
         graphs = [name for name in manifest.engine_files("openvino") if name.endswith(".xml")]
         decoder, *more = (directory / name for name in graphs)
-        sizes = (CHUNK, 1) if settings.static else (None,)
-        self._decoders = [_compiled(core, decoder, settings, size) for size in sizes]
-        others = [_compiled(core, path, settings) for path in more]
+        self._decoders = _decoders(core, decoder, settings)
+        others = [_compiled(core, _read(core, path), path, settings) for path in more]
         self.calls = 0
         self._profiled: ov.InferRequest | None = None
-        self._profiling = settings.profiling
+        self._profiling, self._static = settings.profiling, settings.graph == "static"
         self._table: Any = others[0] if others else None
         self._vision = others[1:]
         self.compile_seconds = time.perf_counter() - started
@@ -64,8 +64,12 @@ class OpenVinoEngine:
 
     def request(self, batch: int) -> EngineRequest:
         """A new infer request with empty variables."""
-        chunk, *step = (self._request(graph, batch) for graph in self._decoders)
-        return StaticRequest(chunk, *step, tokens=CHUNK, batch=batch) if step else chunk
+        prompt, *step = (self._request(graph, batch) for graph in self._decoders)
+        if not step:
+            return prompt
+        if self._static:
+            return StaticRequest(prompt, *step, tokens=CHUNK, batch=batch)
+        return SteppedRequest(prompt, *step, batch=batch)
 
     def _request(self, graph: ov.CompiledModel, batch: int) -> "OpenVinoRequest":
         table = None if self._table is None else self._table.create_infer_request()
@@ -113,6 +117,7 @@ class OpenVinoRequest:
         called: Callable[[ov.InferRequest], None],
     ) -> None:
         self._request, self._table, self._keys, self._called = request, table, keys, called
+        self._names = {port.get_any_name() for port in request.model_inputs}
         variables = {state.name: state for state in request.query_state()}
         self._variables = {keys[n]: s for n, s in variables.items() if not n.startswith(SLOT)}
         self._slots = {name: s for name, s in variables.items() if name.startswith(SLOT)}
@@ -127,7 +132,8 @@ class OpenVinoRequest:
     def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph; logits are copied out of the request's memory."""
         rows = self._rows.astype(np.int32) if self._pending else self._settled
-        result = _inferred(self._request, {**feeds, "beam_idx": rows})
+        given = {**feeds, "beam_idx": rows}
+        result = _inferred(self._request, {n: x for n, x in given.items() if n in self._names})
         self._called(self._request)
         if self._pending:
             self._settle(len(self._rows))
@@ -181,18 +187,34 @@ class OpenVinoRequest:
         self._settle(len(next(iter(states.values()))))
 
 
-def _compiled(
-    core: ov.Core, path: Path, settings: EngineSettings, tokens: int | None = None
-) -> ov.CompiledModel:
-    """One graph of the bundle, for `tokens` a call; only the decoder has a last position."""
+def _decoders(core: ov.Core, path: Path, settings: EngineSettings) -> list[ov.CompiledModel]:
+    """The decoder as `settings.graph` wants it: what reads prompts first, then what reads a token.
+
+    Both are made from one model in memory, so that the file is mapped once.
+    """
+    model = _read(core, path)
+    if settings.logits == "all":
+        _keep_all_positions(model, path)
+    sizes: dict[str, tuple[int | None, ...]] = {"static": (CHUNK, 1), "stepped": (None, 1)}
+    compiled = []
+    for tokens in sizes.get(settings.graph, (None,)):
+        graph = model.clone()
+        if tokens is not None:
+            fix_shapes(graph, tokens)
+        compiled.append(_compiled(core, graph, path, settings))
+    return compiled
+
+
+def _read(core: ov.Core, path: Path) -> ov.Model:
     try:
-        model = core.read_model(path)
+        return core.read_model(path)
     except RuntimeError as cause:
         raise BundleError(f"{path}: cannot be read ({_reason(cause)})") from cause
-    if settings.logits == "all" and model.get_variables():
-        _keep_all_positions(model, path)
-    if tokens is not None:
-        fix_shapes(model, tokens)
+
+
+def _compiled(
+    core: ov.Core, model: ov.Model, path: Path, settings: EngineSettings
+) -> ov.CompiledModel:
     try:
         return core.compile_model(model, settings.device, _properties(settings))
     except RuntimeError as cause:

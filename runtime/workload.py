@@ -43,6 +43,7 @@ class Options:
         engine: `openvino` or `onnx`; None: as `edgekit.runtime.load` chooses.
         device: the engine's device name; None: the target's.
         threads: CPU threads; None: the target's, or else the engine's choice.
+        graph: OpenVINO's form of the decoder; None: the target's.
         memory: whether to run the second process that measures memory.
         starting: whether to run a process that loads twice, with and without compiled blobs.
         operators: whether to take the time of every type of operator, in one more load.
@@ -56,6 +57,7 @@ class Options:
     engine: str | None = None
     device: str | None = None
     threads: int | None = None
+    graph: str | None = None
     memory: bool = True
     starting: bool = False
     operators: bool = False
@@ -95,6 +97,7 @@ def open_model(
         device=options.device,
         threads=options.threads,
         cache_dir=cache_dir,
+        graph=options.graph,
         profiling=profiling,
     )
     model.set_adapters({model.load_adapter(path): weight for path, weight in options.adapters})

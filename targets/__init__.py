@@ -12,14 +12,16 @@ from pathlib import Path
 from edgekit import config
 from edgekit.errors import UsageError
 from edgekit.targets.machine import cpu_facts, detect, found, memory_bytes
-from edgekit.targets.schema import Target
-from edgekit.targets.serving import check_serves
+from edgekit.targets.schema import GRAPHS, Target
+from edgekit.targets.serving import check_serves, fitting_graph
 
 __all__ = [
+    "GRAPHS",
     "Target",
     "check_serves",
     "cpu_facts",
     "detect",
+    "fitting_graph",
     "found",
     "load",
     "memory_bytes",

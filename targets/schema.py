@@ -11,7 +11,7 @@ __all__ = ["ENGINES", "GRAPHS", "HINTS", "PRECISIONS", "PROVENANCES", "WEIGHTS",
 
 ENGINES = ("openvino", "onnx")
 WEIGHTS = ("fp32", "fp16", "int8", "int4")
-GRAPHS = ("dynamic", "static")
+GRAPHS = ("dynamic", "stepped", "static")
 PRECISIONS = ("f32", "f16", "bf16")
 HINTS = {  # properties of OpenVINO, and the values that it allows
     "PERFORMANCE_HINT": ("LATENCY", "THROUGHPUT"),
@@ -32,8 +32,9 @@ class Target:
         description: which devices it is for.
         engine: the engine to prefer, `openvino` or `onnx`.
         device: the engine's device name, such as `CPU`.
-        graph: `dynamic` for one graph of any number of tokens, or `static` for one of a chunk and
-            one of a step, batch 1 (`export.static_shapes`).
+        graph: `dynamic` for one graph of any number of tokens; `stepped` for that and one of fixed
+            shapes for a single token, where no layer's state grows and memory allows both;
+            `static` for one of a chunk and one of a step, batch 1 (`export.static_shapes`).
         weights: default weight format of a conversion for this device.
         group_size: input columns that share one int4 scale (OpenVINO).
         prefill_block: tokens fed in one call while a prompt is read, per engine.

@@ -4,7 +4,7 @@ from edgekit.bundle import Manifest
 from edgekit.errors import UsageError
 from edgekit.targets.schema import Target
 
-__all__ = ["check_serves"]
+__all__ = ["check_serves", "fitting_graph"]
 
 
 def check_serves(target: Target, manifest: Manifest, memory: int | None = None) -> None:
@@ -36,7 +36,7 @@ def _engine(target: Target, manifest: Manifest) -> str | None:
 
 
 def _graph(target: Target, manifest: Manifest) -> str | None:
-    if target.graph == "dynamic":
+    if target.graph != "static":
         return None
     if not manifest.constant_memory:
         layers = manifest.mixers.count("softmax")
@@ -51,11 +51,34 @@ def _graph(target: Target, manifest: Manifest) -> str | None:
     return None
 
 
-def _memory(target: Target, manifest: Manifest, memory: int) -> str | None:
-    budget = int(target.memory_budget * memory)
+def fitting_graph(target: Target, manifest: Manifest, memory: int | None) -> str:
+    """The target's form of the graph, or `dynamic` where a graph of a step cannot be had beside it.
+
+    A step's graph needs states of fixed sizes, and holds the weights a second time: they may take
+    half of the budget then.
+
+    Args:
+        target: the profile.
+        manifest: of the bundle.
+        memory: bytes of the machine; None: not looked at.
+    """
+    if target.graph != "stepped":
+        return target.graph
+    if not manifest.constant_memory or manifest.adapter_slots:
+        return "dynamic"
+    twice = 2 * _weight_bytes(target, manifest)
+    return "stepped" if memory is None or twice <= target.memory_budget * memory else "dynamic"
+
+
+def _weight_bytes(target: Target, manifest: Manifest) -> int:
+    """Of the engine's files, on disk."""
     engine = target.engine if target.engine in manifest.engines else manifest.engines[0]
     files = (manifest.files.get(name) for name in manifest.engine_files(engine))
-    needed = sum(file.size for file in files if file is not None)
+    return sum(file.size for file in files if file is not None)
+
+
+def _memory(target: Target, manifest: Manifest, memory: int) -> str | None:
+    budget, needed = int(target.memory_budget * memory), _weight_bytes(target, manifest)
     if needed <= budget:
         return None
     return (

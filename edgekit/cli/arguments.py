@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekit.command import whole
-from edgekit.targets.schema import ENGINES
+from edgekit.targets.schema import ENGINES, GRAPHS
 
 if TYPE_CHECKING:
     from edgekit.runtime import Model
@@ -19,6 +19,7 @@ __all__ = [
     "add_adapters",
     "add_device",
     "add_engine",
+    "add_graph",
     "add_json",
     "choices",
     "heard",
@@ -125,6 +126,16 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", help="such as CPU, GPU or NPU (default: the target's)")
+
+
+def add_graph(parser: argparse.ArgumentParser) -> None:
+    """Add `--graph`."""
+    parser.add_argument(
+        "--graph",
+        choices=GRAPHS,
+        help="OpenVINO: `stepped` decodes faster, `dynamic` takes less memory (default: the "
+        "target's)",
+    )
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:

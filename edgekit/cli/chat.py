@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import add_adapters, add_engine, use_adapters
+from edgekit.cli.arguments import add_adapters, add_engine, add_graph, use_adapters
 from edgekit.cli.output import as_json, write_text
 from edgekit.cli.sampling import add_sampling, settings
 from edgekit.errors import EdgekitError, UsageError
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--stats", action="store_true", help="print each answer's speed to stderr")
     add_engine(parser)
+    add_graph(parser)
     add_adapters(parser)
     add_sampling(parser)
 
@@ -44,7 +45,13 @@ def run(args: argparse.Namespace) -> int:
     from edgekit.runtime import GenerationOptions, load
 
     options = GenerationOptions.of(settings(args))
-    model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
+    model = load(
+        args.bundle,
+        engine=args.engine,
+        device=args.device,
+        threads=args.threads,
+        graph=args.graph,
+    )
     use_adapters(model, args.adapters)
     conversation = Conversation(model, options)
     for line in _lines():

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekit.cli.arguments import add_adapters, add_device, choices, heard, positive
+from edgekit.cli.arguments import add_adapters, add_device, add_graph, choices, heard, positive
 from edgekit.cli.extras import extra
 from edgekit.cli.output import write_text
 from edgekit.cli.profile_tables import FORMATS, TABLES, compared_text, floor_table
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("bundle", metavar="BUNDLE", type=Path)
     add("--engine", type=choices(ENGINES), help="one, or a list such as openvino,onnx")
     add_device(parser)
+    add_graph(parser)
     add("--threads", type=numbers, metavar="N,N", help="CPU threads, to sweep (default: as `run`)")
     add_adapters(parser)
     add("--prompt", type=numbers, default=(128, 1024), metavar="N,N", help="prompt lengths")
@@ -158,7 +159,8 @@ def _said_again(args: argparse.Namespace) -> list[str]:
     lists |= {"prompt": args.prompt, "depth": args.depth}
     words = [f"--{name}={','.join(map(str, given))}" for name, given in lists.items() if given]
     words += [f"--gen={args.gen}", f"--repeat={args.repeat}"]
-    words += [] if args.device is None else [f"--device={args.device}"]
+    single = {"device": args.device, "graph": args.graph}
+    words += [f"--{name}={given}" for name, given in single.items() if given is not None]
     return [*words, *(f"--{name}" for name in ("load", "ops") if getattr(args, name))]
 
 
@@ -178,6 +180,7 @@ def _variants(
                 engine=engine,
                 device=args.device,
                 threads=threads,
+                graph=args.graph if engine != "onnx" else None,
                 starting=args.load,
                 operators=args.ops,
                 adapters=tuple(args.adapters),

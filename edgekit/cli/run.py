@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgekit.cli.arguments import (
     add_adapters,
     add_engine,
+    add_graph,
     add_json,
     positive,
     use_adapters,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     add_engine(parser)
+    add_graph(parser)
     add_adapters(parser)
     add_sampling(parser)
     parser.add_argument(
@@ -69,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.scores and args.num_beams > 1:
         raise UsageError(f"--scores given with --num-beams {args.num_beams}; allowed: with 1")
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    model = load(args.bundle, engine=args.engine, device=args.device, threads=args.threads)
+    model = load(
+        args.bundle,
+        engine=args.engine,
+        device=args.device,
+        threads=args.threads,
+        graph=args.graph,
+    )
     use_adapters(model, args.adapters)
     if not args.raw and model.tokenizer.has_chat_template:
         prompt = model.chat_prompt([{"role": "user", "content": prompt}], images=len(args.image))

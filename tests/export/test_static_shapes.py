@@ -15,7 +15,7 @@ from edgekit.errors import UnsupportedError, UsageError
 from edgekit.export.pipeline import convert
 from edgekit.export.static_shapes import main, write_static
 from edgekit.export.to_openvino import build_openvino
-from edgekit.runtime.ov_static import fix_shapes
+from edgekit.runtime.ov_shapes import fix_shapes
 from edgekit.targets.schema import HINTS
 from edgekit.testing import scrambled_decoder
 

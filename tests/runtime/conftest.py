@@ -153,6 +153,7 @@ def fresh(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
         weights: str = "fp32",
         family: str = "llama",
         logits: Any = "last",
+        graph: str | None = None,
         **settings: Any,
     ) -> Model:
         key = f"{layout} {weights} {family} {sorted(settings.items())}"
@@ -160,6 +161,6 @@ def fresh(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPat
             made[key] = tmp_path_factory.mktemp("bundles") / "bundle"
             options = {"weights": weights, "verify": False, "target": "generic-x86"}
             convert(tiny_checkpoint(family), made[key], **options, **LAYOUTS[layout], **settings)
-        return load(made[key], engine=engine, logits=logits, check=False)
+        return load(made[key], engine=engine, logits=logits, graph=graph, check=False)
 
     return make

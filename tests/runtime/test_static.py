@@ -10,7 +10,7 @@ import pytest
 from edgekit import targets
 from edgekit.errors import UnsupportedError, UsageError
 from edgekit.runtime import Model, load, loading
-from edgekit.runtime.ov_static import CHUNK
+from edgekit.runtime.ov_shapes import CHUNK
 
 Bundles = Callable[[str], Path]
 MAX_ABS = 1e-4

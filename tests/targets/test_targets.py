@@ -70,7 +70,7 @@ def test_unknown_field_lists_the_known_ones(
     ("change", "message"),
     [
         ({"engine": "tflite"}, "engine = 'tflite'; allowed: openvino, onnx"),
-        ({"graph": "frozen"}, "graph = 'frozen'; allowed: dynamic, static"),
+        ({"graph": "frozen"}, "graph = 'frozen'; allowed: dynamic, stepped, static"),
         ({"weights": "int3"}, "weights = 'int3'"),
         ({"inference_precision": "f8"}, "inference_precision = 'f8'; allowed: f32, f16, bf16"),
         ({"prefill_block": {"onnx": 512}}, "prefill_block.openvino"),
