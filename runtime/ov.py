@@ -1,10 +1,11 @@
 """OpenVINO: one compiled model, one infer request per session, the states as its variables.
 
-The only file that imports openvino, but for `ov_shapes.py`.
+The only file that imports openvino, but for `ov_shapes.py` and `ov_joining.py`.
 """
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from edgekit.runtime.engine import (
     state_key,
 )
 from edgekit.runtime.lowrank import Pair
+from edgekit.runtime.ov_joining import join_products
 from edgekit.runtime.ov_pairs import StaticRequest, SteppedRequest
 from edgekit.runtime.ov_shapes import CHUNK, fix_shapes
 
@@ -64,12 +66,13 @@ class OpenVinoEngine:
 
     def request(self, batch: int) -> EngineRequest:
         """A new infer request with empty variables."""
-        prompt, *step = (self._request(graph, batch) for graph in self._decoders)
-        if not step:
-            return prompt
+        requests = [self._request(graph, batch) for graph in self._decoders]
+        if len(requests) == 1:
+            return requests[0]
+        prompt, step = requests
         if self._static:
-            return StaticRequest(prompt, *step, tokens=CHUNK, batch=batch)
-        return SteppedRequest(prompt, *step, batch=batch)
+            return StaticRequest(prompt, step, tokens=CHUNK, batch=batch)
+        return SteppedRequest(prompt, step, batch=batch)
 
     def _request(self, graph: ov.CompiledModel, batch: int) -> "OpenVinoRequest":
         table = None if self._table is None else self._table.create_infer_request()
@@ -190,19 +193,21 @@ class OpenVinoRequest:
 def _decoders(core: ov.Core, path: Path, settings: EngineSettings) -> list[ov.CompiledModel]:
     """The decoder as `settings.graph` wants it: what reads prompts first, then what reads a token.
 
-    Both are made from one model in memory, so that the file is mapped once.
+    Both are made from one model in memory, so that the file is mapped once, and compiled together.
     """
     model = _read(core, path)
     if settings.logits == "all":
         _keep_all_positions(model, path)
-    sizes: dict[str, tuple[int | None, ...]] = {"static": (CHUNK, 1), "stepped": (None, 1)}
-    compiled = []
-    for tokens in sizes.get(settings.graph, (None,)):
-        graph = model.clone()
-        if tokens is not None:
-            fix_shapes(graph, tokens)
-        compiled.append(_compiled(core, graph, path, settings))
-    return compiled
+    graphs = [model]
+    if settings.graph != "dynamic":
+        graphs.append(model.clone())
+        fix_shapes(graphs[1], 1)
+    if settings.graph == "static":
+        fix_shapes(model, CHUNK)
+    elif settings.graph == "stepped":
+        join_products(graphs[1])
+    with ThreadPoolExecutor(len(graphs)) as pool:
+        return list(pool.map(lambda graph: _compiled(core, graph, path, settings), graphs))
 
 
 def _read(core: ov.Core, path: Path) -> ov.Model:

@@ -1,4 +1,4 @@
-"""Two graphs of one decoder with the same states, which go from the one to the other as they are."""
+"""Two graphs of one decoder: the same states, which go from the one to the other as they are."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -100,11 +100,12 @@ def _unchunk(model: ov.Model) -> None:
     nodes = {node.get_friendly_name(): node for node in model.get_ops()}
     for assign in model.get_sinks():
         name = assign.get_variable_id()
-        ends = [nodes.get(f"{name}.{part}") for part in "qkvgy"]
-        if None not in ends:
-            y, after = _step(nodes[name].output(0), *(end.input_value(0) for end in ends[:-1]))
-            _redirect(ends[-1].output(0), op.reshape(y, _shape(ends[-1]), False).output(0))
-            assign.input(0).replace_source_output(after)
+        if f"{name}.y" not in nodes:
+            continue
+        joined, *ends = (nodes[f"{name}.{part}"] for part in "yqkvg")
+        y, after = _step(nodes[name].output(0), *(end.input_value(0) for end in ends))
+        _redirect(joined.output(0), op.reshape(y, _shape(joined), False).output(0))
+        assign.input(0).replace_source_output(after)
 
 
 def _step(past: Any, q: Any, k: Any, v: Any, g: Any) -> tuple[Any, Any]:
