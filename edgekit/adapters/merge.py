@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from edgekit.errors import AdapterError, UsageError
+from edgekit.errors import AdapterError
 from edgekit.models.config import DecoderConfig
 from edgekit.sources import Source, open_source
 from edgekit.sources.adapted import AdaptedStore, LiNeS, adapted
@@ -77,7 +77,7 @@ def merge_adapters(
     Args:
         source: the model, as for `convert`.
         out: a directory to make, which transformers opens.
-        choices: the adapters, one or more.
+        choices: the adapters; none writes the model as it is.
         dtype: of its tensors; all differences are added up in fp32 and cast once.
         lines: factors by depth.
         untie: give the head a matrix of its own where an adapter changes it.
@@ -85,13 +85,11 @@ def merge_adapters(
         progress: called with a step's name, its number and the count of steps.
 
     Raises:
-        UsageError: for no adapter, or one given twice.
+        UsageError: for an adapter given twice.
         SourceError: if the model cannot be read.
         AdapterError: if an adapter cannot be read or does not fit.
         BundleError: if `out` exists or cannot be written.
     """
-    if not choices:
-        raise UsageError("no adapter given; give one or more as PATH or PATH:WEIGHT")
     opened = open_source(source)
     config, store = adapted(opened, choices, lines=lines, untie=untie)
     modules: list[MergedModule] = []

@@ -1,7 +1,7 @@
 """Adapters on a workstation: look at them, merge them into a model, fold them to plain LoRA.
 
 edgekit adapter info ADAPTER
-edgekit adapter merge SOURCE ADAPTER[:WEIGHT]... -o MODEL
+edgekit adapter merge SOURCE [ADAPTER[:WEIGHT]...] -o MODEL
 edgekit adapter fold ADAPTER[:WEIGHT]... -o LORA
 edgekit adapter pack AFLORA -o VECTORS.safetensors
 edgekit adapter onnx BUNDLE ADAPTER[:WEIGHT] -o FILE.onnx_adapter
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(info)
     info.set_defaults(action=_info)
     merge = verbs.add_parser(
-        "merge", help="a Hugging Face model with adapters merged into it", allow_abbrev=False
+        "merge", help="a Hugging Face model, with adapters merged into it", allow_abbrev=False
     )
     merge.add_argument("source", metavar="SOURCE")
-    _add_adapters(merge, "MODEL")
+    _add_adapters(merge, "MODEL", least="*")
     merge.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     merge.add_argument(
         "--lines", type=pair, metavar="FIRST,LAST", help="factors in the first and last layer"
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_adapters(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]")
+def _add_adapters(parser: argparse.ArgumentParser, out: str, least: str = "+") -> None:
+    parser.add_argument("adapters", nargs=least, metavar="ADAPTER[:WEIGHT]")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar=out)
     parser.add_argument("--force", action="store_true", help=f"replace an existing {out}")
     add_json(parser)
@@ -129,6 +129,8 @@ def _merged(report: "MergeReport") -> str:
         ("adapted", f"{len(report.modules)} matrices"),
         *(("note", note) for note in report.notes),
     ]
+    if not report.modules:
+        return as_table(rows)
     worst = sorted(report.modules, key=lambda module: module.lost, reverse=True)[:SHOWN]
     table = [(m.module, f"{m.ratio:.2g}", f"{m.lost:.2g}") for m in worst]
     headers = ("most is lost in", "rms D / rms W", "lost of D")

@@ -41,6 +41,9 @@ class Embedding(nn.Embedding):
         super().__init__(config.vocab_size, config.hidden_size)
         self._scale = config.embedding_scale
 
+    def reset_parameters(self) -> None:
+        """Draw nothing: the rows are a store's, and on `meta` a draw imports torch's compiler."""
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[B, T]` to `[B, T, D]`."""
         rows = super().forward(ids)

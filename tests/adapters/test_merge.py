@@ -167,6 +167,20 @@ def test_pack_and_onnx_on_the_command_line(
     assert "AFLORA" in capsys.readouterr().err
 
 
+def test_without_adapters_the_model_is_written_as_it_is(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("llama")
+    report = merge_adapters(checkpoint, tmp_path / "same", [])
+    assert report.modules == ()
+    ids = torch.arange(3, 40)[None]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        for path in (checkpoint, tmp_path / "same")
+    )
+    assert torch.equal(before, after)
+
+
 def test_what_is_refused(
     tiny_checkpoint: Checkpoint, made: Callable[..., Path], tmp_path: Path
 ) -> None:
