@@ -18,11 +18,20 @@ class TorchBatch:
         ids: int64 `[N, T]`.
         targets: int64 `[N, T]`; the token to predict at each position, or `IGNORE`.
         mask: int64 `[N, T]`, 1 for tokens, 0 for padding; None when no row is padded.
+        embeddings: fp32 `[N, T, D]`, read instead of those of `ids` where pictures have theirs.
+        image: which tokens belong to pictures, bool `[N, T]`; None: none.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor | None
+    embeddings: torch.Tensor | None = None
+    image: torch.Tensor | None = None
+
+    @property
+    def given(self) -> torch.Tensor:
+        """What a decoder reads: the embeddings, or else the ids."""
+        return self.ids if self.embeddings is None else self.embeddings
 
     @property
     def positions(self) -> int:
@@ -36,13 +45,15 @@ class TorchBatch:
 
     def rows(self, start: int, stop: int) -> "TorchBatch":
         """Some of the rows, without the columns at their end that are padding in all of them."""
-        ids, targets = self.ids[start:stop], self.targets[start:stop]
-        if self.mask is None:
-            return TorchBatch(ids, targets, None)
-        mask = self.mask[start:stop]
-        width = int(mask.any(dim=0).sum())
-        mask = mask[:, :width]
-        return TorchBatch(ids[:, :width], targets[:, :width], None if mask.all() else mask)
+        mask = None if self.mask is None else self.mask[start:stop]
+        width = self.ids.shape[1] if mask is None else int(mask.any(dim=0).sum())
+
+        def part(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[start:stop, :width]
+
+        mask = None if mask is None or mask[:, :width].all() else mask[:, :width]
+        ids, targets = self.ids[start:stop, :width], self.targets[start:stop, :width]
+        return TorchBatch(ids, targets, mask, part(self.embeddings), part(self.image))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,11 +43,19 @@ def show_layers(
     autocast: Autocast,
     visit: Callable[[View], None],
 ) -> None:
-    """Run the teacher up to the last of `layers` (rising), and show each of them to `visit`."""
+    """Run the teacher up to the last of `layers` (rising), and show each of them to `visit`.
+
+    A teacher whose config has SPIN shows heads that are turned down, so that what learns them needs
+    no SPIN of its own.
+    """
     time = batch.ids.shape[1]
-    context = step_context(teacher.config, time, time, batch.mask, "chunked", batch.ids.device)
-    with torch.no_grad(), autocast():
-        x = teacher.model.embed_tokens(batch.ids)
+    context = step_context(
+        teacher.config, time, time, batch.mask, "chunked", batch.ids.device, batch.image
+    )
+    x = batch.embeddings
+    if x is None:
+        with torch.no_grad(), autocast():
+            x = teacher.model.embed_tokens(batch.ids)
     for i, layer in enumerate(teacher.layers[: layers[-1] + 1]):
         with torch.no_grad(), autocast():
             inputs = layer.input_layernorm(x)

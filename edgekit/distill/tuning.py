@@ -101,7 +101,7 @@ class TuningStage:
         """
         config = self._config
         with self._autocast():
-            hidden, _ = self._student.hidden(batch.ids, mask=batch.mask)
+            hidden, _ = self._student.hidden(batch.given, mask=batch.mask, image=batch.image)
             chosen = self._positions(batch)
             expected = self._teacher_hidden(batch, chosen) if config.kl_weight else None
             ce, kl = vocabulary_loss(
@@ -128,10 +128,11 @@ class TuningStage:
         del losses
         time = batch.ids.shape[1]
         context = step_context(
-            self._student.config, time, time, batch.mask, "chunked", batch.ids.device
+            self._student.config, time, time, batch.mask, "chunked", batch.ids.device, batch.image
         )
         with self._autocast():
-            x = self._student.model.embed_tokens(batch.ids)
+            x = batch.embeddings
+            x = self._student.model.embed_tokens(batch.ids) if x is None else x
             for i, layer in enumerate(self._student.layers):
                 x, _ = layer(x, context)
                 if not x.isfinite().all():
@@ -151,7 +152,7 @@ class TuningStage:
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: TorchBatch, chosen: torch.Tensor) -> torch.Tensor:
-        hidden, _ = self._teacher.hidden(batch.ids, mask=batch.mask)
+        hidden, _ = self._teacher.hidden(batch.given, mask=batch.mask, image=batch.image)
         return hidden[chosen]
 
 

@@ -42,7 +42,9 @@ class Embedding(nn.Embedding):
         self._scale = config.embedding_scale
 
     def reset_parameters(self) -> None:
-        """Draw nothing: the rows are a store's, and on `meta` a draw imports torch's compiler."""
+        """Draw rows where there are any: a draw on `meta` is nothing, and imports a compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids `[B, T]` to `[B, T, D]`."""

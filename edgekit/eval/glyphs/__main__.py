@@ -23,11 +23,11 @@ from edgekit.errors import UsageError
 from edgekit.eval.glyphs.checkpoint import completed, made
 from edgekit.eval.glyphs.experiment import measured
 from edgekit.eval.glyphs.model import MODEL, Mixer, Model, Training, load_model, new_model, train
+from edgekit.eval.glyphs.report import HEADERS, figures_row
 from edgekit.markdown import markdown_table
 
 __all__ = ["main"]
 
-HEADERS = ("method", "settings", "C_S", "C_I", "recall", "F1", "objects")
 SMOKE = Training(text_steps=20, picture_steps=40, batch=16)
 
 
@@ -91,27 +91,10 @@ def _model(folder: Path, training: Training, mixer: Mixer, told: Told) -> Model:
 def _table(results: dict[int, Any], mixer: Mixer) -> str:
     """All methods over all seeds, means and each seed's figures."""
     names = next(iter(results.values()))
-    rows = [_row(name, [methods[name] for methods in results.values()]) for name in names]
+    rows = [[name, *figures_row([m[name] for m in results.values()])] for name in names]
     title = f"Glyph world, {mixer}, seeds {', '.join(map(str, results))}: mean (each seed)"
-    return f"{title}\n\n{markdown_table(rows, HEADERS)}\n"
-
-
-def _row(name: str, found: list[Any]) -> list[str]:
-    settings = "; ".join(dict.fromkeys(_settings(figures["spin"]) for figures in found))
-    shares = [_cell([100 * f[key] for f in found]) for key in ("c_s", "c_i", "recall", "f1")]
-    return [name, settings, *shares, _cell([f["objects"] for f in found], 2)]
-
-
-def _cell(values: list[float], digits: int = 1) -> str:
-    each = ", ".join(f"{value:.{digits}f}" for value in values)
-    return f"{sum(values) / len(values):.{digits}f} ({each})"
-
-
-def _settings(spin: dict[str, Any] | None) -> str:
-    if spin is None:
-        return ""
-    layers = "all layers" if spin["layers"] is None else f"layers {spin['layers']}"
-    return f"{spin['suppress']} heads, alpha {spin['alpha']}, {layers}"
+    table = markdown_table(rows, ("method", *HEADERS))
+    return f"{title}\n\n{table}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ from edgekit.models.spin import SpinConfig
 from edgekit.sources.base import read_json
 from edgekit.targets.schema import ENGINES, WEIGHTS
 
-__all__ = ["main"]
+__all__ = ["main", "seeds_in"]
 
 Progress = Callable[[str, int, int], None]
 METHODS = ("baseline", "mass", "logit")  # of results.json, which a bundle can have
@@ -58,7 +58,9 @@ def _made(args: argparse.Namespace, command: str) -> str:
         raise UsageError(f"scenes {args.scenes} given; allowed: 1 or more")
     told = Told()
     places = [
-        place for seed in args.seeds or _seeds(args.folder) for place in _of_seed(seed, args, told)
+        place
+        for seed in args.seeds or seeds_in(args.folder)
+        for place in _of_seed(seed, args, told)
     ]
     rows = [_row(place) for place in places]
     text = f"{markdown_table(rows, HEADERS)}\n\n{NOTE}\n\nMade by:\n\n    {command}\n"
@@ -68,7 +70,12 @@ def _made(args: argparse.Namespace, command: str) -> str:
     return text.rstrip("\n")
 
 
-def _seeds(folder: Path) -> list[int]:
+def seeds_in(folder: Path) -> list[int]:
+    """The seeds that an experiment's folder has results of, rising.
+
+    Raises:
+        UsageError: if there are none.
+    """
     names = [file.parent.name.removeprefix("seed-") for file in folder.glob("seed-*/results.json")]
     found = [name for name in names if name.isdecimal()]
     if not found:

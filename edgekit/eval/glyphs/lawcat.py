@@ -24,7 +24,7 @@ from edgekit.models.decoder import Decoder
 from edgekit.models.spin import SpinConfig
 from edgekit.sources.hf_config import parse_config
 
-__all__ = ["LawcatModel", "Ranking", "Watcher"]
+__all__ = ["LawcatModel", "Ranking", "Watcher", "decoder_config", "text_tensors"]
 
 Ranking = Callable[[torch.Tensor], torch.Tensor]  # of scores [B, T, H]
 Watcher = Callable[[int, torch.Tensor], None]  # called with a layer and its scores [B, T, H]
@@ -44,11 +44,11 @@ class LawcatModel(nn.Module):
     """
 
     def __init__(self, llava: Any) -> None:
-        """Take an untrained LLaVA's eyes, and make a decoder as wide and deep as its own."""
+        """Take a LLaVA's eyes, and make an untrained decoder as wide and deep as its own."""
         super().__init__()
         self.eyes, self.projector = llava.model.vision_tower, llava.model.multi_modal_projector
         self.image_token = llava.config.image_token_index
-        self.text = Decoder(_decoder_config(llava.config.text_config))
+        self.text = Decoder(decoder_config(llava.config.text_config, "lawcat"))
         for number, layer in enumerate(self.text.layers):
             layer.self_attn = _Mixer(self.text.config)
             fresh = layer.self_attn.fresh_tensors(self.text.config, number)
@@ -110,15 +110,21 @@ class LawcatModel(nn.Module):
         load_model(self, folder / TENSORS)
         return self.eval()
 
+    def embedded(self, ids: torch.Tensor, pixels: torch.Tensor | None) -> torch.Tensor:
+        """What the decoder reads of tokens `[B, T]`, `[B, T, D]`; pictures `[B, 3, side, side]`."""
+        given = self.text.model.embed_tokens(ids)
+        if pixels is None:
+            return cast(torch.Tensor, given)
+        seen = self.eyes(pixels, output_hidden_states=True).hidden_states[-1]
+        image = (ids == self.image_token)[..., None]
+        return cast(torch.Tensor, given.masked_scatter(image, self.projector(seen)))
+
     def _read(
         self, ids: torch.Tensor, pixels: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[State]]:
-        given, image = self.text.model.embed_tokens(ids), ids == self.image_token
-        if pixels is None:
-            return cast("tuple[torch.Tensor, list[State]]", self.text(given))
-        seen = self.eyes(pixels, output_hidden_states=True).hidden_states[-1]
-        given = given.masked_scatter(image[..., None], self.projector(seen))
-        return cast("tuple[torch.Tensor, list[State]]", self.text(given, image=image))
+        image = None if pixels is None else ids == self.image_token
+        found = self.text(self.embedded(ids, pixels), image=image)
+        return cast("tuple[torch.Tensor, list[State]]", found)
 
     def _mixers(self) -> list["_Mixer"]:
         return [cast(_Mixer, layer.self_attn) for layer in self.text.layers]
@@ -149,7 +155,14 @@ class _Mixer(lawcat.Mixer):
         return super().gated(y, context, looks)
 
 
-def _decoder_config(text: Any) -> DecoderConfig:
+def decoder_config(text: Any, mixer: str) -> DecoderConfig:
+    """The decoder of a LLaVA's `text_config` with layers of one kind."""
     config, _ = parse_config(text.to_dict(), {})
-    mixed = config.with_mixers(("lawcat",) * config.num_layers, OPTIONS)
-    return replace(mixed, tied_head=False)
+    return replace(config.with_mixers((mixer,) * config.num_layers, OPTIONS), tied_head=False)
+
+
+def text_tensors(llava: Any) -> dict[str, torch.Tensor]:
+    """A LLaVA's decoder by edgekit's names."""
+    inside = llava.model.language_model.state_dict()
+    head = {"lm_head.weight": llava.lm_head.weight.detach()}
+    return {f"model.{name}": tensor for name, tensor in inside.items()} | head

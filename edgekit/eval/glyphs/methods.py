@@ -23,6 +23,7 @@ __all__ = [
     "plain_captions",
     "said",
     "spun_captions",
+    "turned_down",
 ]
 
 Control = Literal["none", "random", "inverted"]
@@ -48,7 +49,7 @@ class Method:
 @torch.no_grad()
 def spun_captions(model: Model, pixels: torch.Tensor, method: Method) -> list[list[int]]:
     """Greedy captions of pictures `[N, 3, SIDE, SIDE]`, as tokens after `BOS WITH`."""
-    with _turned_down(model, method):
+    with turned_down(model, method):
         return plain_captions(model, pixels)
 
 
@@ -70,7 +71,7 @@ def next_logits(
 ) -> torch.Tensor:
     """Logits `[V]` of what follows the beginning of a caption of one picture `[3, SIDE, SIDE]`."""
     begun = torch.tensor([caption], dtype=torch.long)
-    with _turned_down(model, method):
+    with turned_down(model, method):
         given = {"input_ids": torch.cat((prompt(1), begun), dim=1), "pixel_values": pixels[None]}
         logits: torch.Tensor = model(**given).logits[0, -1]
     return logits
@@ -107,7 +108,8 @@ def said(tokens: Sequence[int], drawn: Sequence[int]) -> Captioned:
 
 
 @contextlib.contextmanager
-def _turned_down(model: Model, method: Method) -> Iterator[None]:
+def turned_down(model: Model, method: Method) -> Iterator[None]:
+    """SPIN, or a control of it, while the context lasts."""
     if method.spin is None:
         yield
         return

@@ -18,7 +18,18 @@ from edgekit.errors import UsageError
 from edgekit.eval.glyphs import world
 from edgekit.eval.glyphs.lawcat import LawcatModel
 
-__all__ = ["MODEL", "Mixer", "Model", "Training", "load_model", "new_model", "prompt", "train"]
+__all__ = [
+    "MODEL",
+    "Lesson",
+    "Mixer",
+    "Model",
+    "Training",
+    "load_model",
+    "new_model",
+    "prompt",
+    "rate",
+    "train",
+]
 
 Mixer = Literal["softmax", "lawcat"]
 Model = Any  # LlavaForConditionalGeneration, whose types refuse what it takes, or LawcatModel
@@ -131,13 +142,44 @@ def prompt(count: int) -> torch.Tensor:
     return torch.tensor([row] * count)
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Fresh scenes and their captions.
+
+    Attributes:
+        given: what a model is called with.
+        targets: the token after each of a caption's but the last, `[N, CAPTION - 1]`; `IGNORE` for
+            those that every caption has or that are padding.
+    """
+
+    given: dict[str, torch.Tensor]
+    targets: torch.Tensor
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, batch: int, *, pictures: bool) -> "Lesson":
+        """Scenes as a model learns from, with pictures before the captions or without."""
+        scenes = [world.draw_scene(rng, world.LIKELY) for _ in range(batch)]
+        captions = torch.tensor([world.caption(scene.mentioned) for scene in scenes])
+        given = {"input_ids": captions}
+        if pictures:
+            patches = prompt(batch)[:, : world.PATCHES]
+            pixels = [world.picture(rng, scene.drawn) for scene in scenes]
+            given = {
+                "input_ids": torch.cat((patches, captions), dim=1),
+                "pixel_values": torch.from_numpy(np.stack(pixels)),
+            }
+        targets = captions[:, 1:]
+        padding = ((targets == world.EOS).cumsum(dim=1) > 1) | (targets == world.WITH)
+        return cls(given, targets.masked_fill(padding, IGNORE))
+
+
 def train(model: Model, training: Training, progress: Progress | None = None) -> list[float]:
     """Teach the model both stages; returns the loss of every step."""
     rng = np.random.default_rng([training.seed, 1])
     losses = []
     for stage, steps in (("captions", training.text_steps), ("pictures", training.picture_steps)):
         optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _rate(steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate(steps))
         model.train()
         for step in range(steps):
             if progress is not None and not step % 50:
@@ -153,7 +195,7 @@ def train(model: Model, training: Training, progress: Progress | None = None) ->
     return losses
 
 
-def _rate(steps: int) -> Callable[[int], float]:
+def rate(steps: int) -> Callable[[int], float]:
     """The share of the peak rate at a step: a rise, then a cosine with a floor."""
 
     def share(step: int) -> float:
@@ -165,16 +207,8 @@ def _rate(steps: int) -> Callable[[int], float]:
 
 def _loss(model: Model, rng: np.random.Generator, batch: int, *, pictures: bool) -> torch.Tensor:
     """Mean cross-entropy of the captions of fresh scenes."""
-    scenes = [world.draw_scene(rng, world.LIKELY) for _ in range(batch)]
-    captions = torch.tensor([world.caption(scene.mentioned) for scene in scenes])
-    inputs, given = captions, {}
-    if pictures:
-        inputs = torch.cat((prompt(batch)[:, : world.PATCHES], captions), dim=1)
-        pixels = [world.picture(rng, scene.drawn) for scene in scenes]
-        given = {"pixel_values": torch.from_numpy(np.stack(pixels))}
-    logits = model(input_ids=inputs, **given).logits[:, -world.CAPTION : -1]
-    targets = captions[:, 1:]
-    padding = ((targets == world.EOS).cumsum(dim=1) > 1) | (targets == world.WITH)
+    lesson = Lesson.drawn(rng, batch, pictures=pictures)
+    logits = model(**lesson.given).logits[:, -world.CAPTION : -1]
     return functional.cross_entropy(
-        logits.flatten(0, 1), targets.masked_fill(padding, IGNORE).flatten(), ignore_index=IGNORE
+        logits.flatten(0, 1), lesson.targets.flatten(), ignore_index=IGNORE
     )

@@ -1,0 +1,1 @@
+"""Experiments that anyone can rerun and that take more than one method: above all of them."""
