@@ -25,9 +25,9 @@ __all__ = [
     "heard",
     "layers",
     "natural",
+    "opened",
     "pair",
     "positive",
-    "use_adapters",
 ]
 
 
@@ -167,7 +167,22 @@ def _weighted(text: str) -> tuple[str, float]:
     return path, weight
 
 
-def use_adapters(model: "Model", adapters: Sequence[tuple[str, float]]) -> None:
+def opened(args: argparse.Namespace) -> "Model":
+    """The model that `bundle`, the engine's flags, `--graph` and `--adapter` ask for."""
+    from edgekit.runtime import load
+
+    model = load(
+        args.bundle,
+        engine=args.engine,
+        device=args.device,
+        threads=args.threads,
+        graph=args.graph,
+    )
+    _use_adapters(model, args.adapters)
+    return model
+
+
+def _use_adapters(model: "Model", adapters: Sequence[tuple[str, float]]) -> None:
     """Load and set adapters, directories with weights; warnings become lines on stderr."""
     if not adapters:
         return

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit.cli.arguments import add_adapters, add_engine, add_graph, use_adapters
+from edgekit.cli.arguments import add_adapters, add_engine, add_graph, opened
 from edgekit.cli.output import as_json, write_text
 from edgekit.cli.sampling import add_sampling, settings
 from edgekit.errors import EdgekitError, UsageError
@@ -42,17 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer line after line; returns the exit code."""
     from edgekit.cli.run import stats_line
-    from edgekit.runtime import GenerationOptions, load
+    from edgekit.runtime import GenerationOptions
 
     options = GenerationOptions.of(settings(args))
-    model = load(
-        args.bundle,
-        engine=args.engine,
-        device=args.device,
-        threads=args.threads,
-        graph=args.graph,
-    )
-    use_adapters(model, args.adapters)
+    model = opened(args)
     conversation = Conversation(model, options)
     for line in _lines():
         try:

@@ -13,8 +13,8 @@ from edgekit.cli.arguments import (
     add_engine,
     add_graph,
     add_json,
+    opened,
     positive,
-    use_adapters,
 )
 from edgekit.cli.output import as_json
 from edgekit.cli.sampling import add_sampling, settings
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print; returns the exit code."""
-    from edgekit.runtime import GenerationOptions, load
+    from edgekit.runtime import GenerationOptions
 
     options = settings(args)
     options["num_beams"] = args.num_beams
@@ -71,14 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.scores and args.num_beams > 1:
         raise UsageError(f"--scores given with --num-beams {args.num_beams}; allowed: with 1")
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
-    model = load(
-        args.bundle,
-        engine=args.engine,
-        device=args.device,
-        threads=args.threads,
-        graph=args.graph,
-    )
-    use_adapters(model, args.adapters)
+    model = opened(args)
     if not args.raw and model.tokenizer.has_chat_template:
         prompt = model.chat_prompt([{"role": "user", "content": prompt}], images=len(args.image))
     pieces: list[ScoredPiece] = []
