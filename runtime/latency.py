@@ -125,6 +125,7 @@ class Report:
     """Everything measured, with what is needed to measure it again.
 
     Attributes:
+        graph: OpenVINO's form of the decoder, as `targets.Target.graph` says it.
         complete: whether everything that was asked for is there; a report is kept at every step.
         mixers: how many layers have each token mixer.
         starting: loads with and without compiled blobs, if asked for and the engine keeps them.
@@ -157,6 +158,7 @@ class Report:
     cpu_count: int
     versions: dict[str, str]
     adapters: dict[str, float]
+    graph: str = "dynamic"
 
 
 def measure(
@@ -296,6 +298,7 @@ def _nothing(model: Model, bundle: str | Path, options: Options, load: float | N
         complete=False,
         engine=model.engine,
         device=model.device,
+        graph=model.graph,
         weights=model.manifest.weights,
         adapters=model.active_adapters,
         mixers={name: mixers.count(name) for name in sorted(set(mixers))},

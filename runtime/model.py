@@ -28,6 +28,7 @@ class Model:
         manifest: what `edgekit.json` says.
         engine: `openvino` or `onnx`.
         device: the engine's device name.
+        graph: OpenVINO's form of the decoder, `dynamic`, `stepped` or `static`.
         tokenizer: text to ids and back.
         load_seconds: from the call of `load` to a model ready to run, compilation included.
         compile_seconds: the engine's part of it.
@@ -48,6 +49,7 @@ class Model:
         load_seconds: float,
     ) -> None:
         self.manifest, self.engine, self.device = manifest, engine, settings.device
+        self.graph = settings.graph
         self.tokenizer, self._vision = tokenizer, vision
         self.load_seconds, self.compile_seconds = load_seconds, compiled.compile_seconds
         self.model_bytes = sum(

@@ -11,7 +11,7 @@ from edgekit.runtime.engine import Array, EngineRequest, Floats, Integers, call_
 __all__ = ["StaticRequest", "SteppedRequest"]
 
 
-class Pair:
+class _TwoGraphs:
     """A request of a graph that reads a prompt and one of a graph that reads a token.
 
     The states are with one of the two; an empty one needs nothing to be carried.
@@ -60,7 +60,7 @@ class Pair:
         return self._prompt.embed(ids)
 
 
-class SteppedRequest(Pair):
+class SteppedRequest(_TwoGraphs):
     """The bundle's own graph for whatever comes, and one of fixed shapes for one row's token."""
 
     def __init__(self, prompt: EngineRequest, step: EngineRequest, batch: int) -> None:
@@ -70,7 +70,7 @@ class SteppedRequest(Pair):
 
     def infer(self, feeds: Mapping[str, Array]) -> Floats:
         """Run the graph that fits the call; a token that does not count is not the step's."""
-        single = (self._batch, *call_shape(feeds)) == (1, 1, 1) and feeds["attention_mask"].all()
+        single = call_shape(feeds) == (1, 1) and feeds["attention_mask"].all()
         return self._run(self._one if single else self._prompt, feeds)
 
     def reset(self, batch: int) -> None:
@@ -93,7 +93,7 @@ class SteppedRequest(Pair):
         self._batch = len(next(iter(states.values())))
 
 
-class StaticRequest(Pair):
+class StaticRequest(_TwoGraphs):
     """A graph of a chunk and one of a step, both of batch 1, as an NPU needs them.
 
     An empty session's first chunk begins with padding (`attention_mask` 0), which leaves an empty

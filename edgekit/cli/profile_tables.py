@@ -227,8 +227,9 @@ def _footer(report: "Report") -> str:
     load = f"{report.load_average[0]:.1f}" if report.load_average else "-"
     adapters = "".join(f", adapter {name} x {w:g}" for name, w in report.adapters.items())
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    graph = "" if report.graph == "dynamic" else f" ({report.graph} graph)"
     return (
-        f"{report.bundle} on {report.engine} {report.device}: {report.weights}, "
+        f"{report.bundle} on {report.engine} {report.device}{graph}: {report.weights}, "
         f"{mixers}{adapters}; model {size(report.model_bytes)}, {_loading(report)}, "
         f"peak RSS {peak}; "
         f"{report.repeat} repetitions, threads: {threads}; {report.cpu}, {report.cpu_count} CPUs, "

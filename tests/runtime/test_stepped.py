@@ -95,6 +95,7 @@ def test_generation_is_the_same(beams: int, both: Callable[..., Any]) -> None:
 def test_cpus_step_where_states_are_fixed(bundle: Bundles, kind: str) -> None:
     model = load(bundle(kind), engine="openvino")
     stepped = isinstance(model.session()._request, SteppedRequest)
+    assert model.graph == ("stepped" if stepped else "dynamic")
     assert stepped == (kind in FIXED)
     assert not isinstance(
         load(bundle(kind), engine="openvino", logits="all").session()._request, SteppedRequest
