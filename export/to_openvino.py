@@ -209,14 +209,18 @@ class OpenVinoGraph:
         return joined
 
     def feature_map(self, q: Handle, k: Handle, name: str) -> tuple[Handle, Handle]:
-        """U and -u from one product with [W, -W], then one softmax over each half."""
+        """All heads of q and of k at once; what the convolution left joint is not taken apart."""
         config = self._config
         weight = self._weights.store.tensor(f"{name}.weight").float()
         per_query = weight.repeat_interleave(config.num_heads // config.state_heads, dim=0)
-        queries = self._features(q, per_query, f"{name}.q")
-        return queries, self._features(k, weight, f"{name}.k")
+        both = op.concat([q, k], 2).output(0)
+        features = self._features(both, torch.cat((per_query, weight)), name)
+        heads = ints([config.num_heads, config.state_heads])
+        split = op.variadic_split(features, ints(1), heads)
+        return split.output(0), split.output(1)
 
     def _features(self, x: Handle, weight: torch.Tensor, name: str) -> Handle:
+        """U and -u from one product with [W, -W], then one softmax over each half."""
         both = self._weights.constant(torch.cat((weight, -weight), dim=2))
         u = named(op.matmul(self._heads(x, weight.shape[1]), both, False, False), name)
         halves = op.reshape(u, ints([0, 0, 0, 2, -1]), True)
