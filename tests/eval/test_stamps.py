@@ -24,7 +24,15 @@ from edgekit.eval.pictures import Annotated, read_pictures
 from edgekit.eval.stamps.__main__ import main
 from edgekit.eval.stamps.lessons import IGNORE, Lessons, padded
 from edgekit.eval.stamps.methods import answered
-from edgekit.eval.stamps.model import IMAGE_TOKEN, TOKENS, assemble, prompt_ids, trained
+from edgekit.eval.stamps.model import (
+    IMAGE_TOKEN,
+    TOKENS,
+    assemble,
+    begin_with_words,
+    prompt_ids,
+    trained,
+    word_embeddings,
+)
 from edgekit.eval.stamps.training import METRICS, Precision, Training, read_metrics, train
 from edgekit.export.pipeline import convert
 from edgekit.models.spin import SpinConfig
@@ -54,9 +62,10 @@ def told(stage, step, steps):
 
 text, data, out = map(Path, sys.argv[1:])
 pictures = assemble(open_source(text), 0)
-lessons = Lessons(pictures, StampBook.read(data), seed=0, questions=0.25)
+book = StampBook.read(data)
+lessons = Lessons(pictures, book, seed=0, questions=0.25)
 training = Training(eye_steps=2, eye_batch=4, steps=4, batch=5, micro=2, warmup=2)
-train(pictures, lessons, training, out, objects=40, save_every=0.0, progress=told)
+train(pictures, lessons, training, out, objects=book.names, save_every=0.0, progress=told)
 """
 
 
@@ -87,9 +96,45 @@ def lessons_of(pictures: PictureModel, data: Path, questions: float = 0.25) -> L
 
 
 def teach(pictures: PictureModel, data: Path, training: Training, folder: Path) -> list[Any]:
-    train(pictures, lessons_of(pictures, data), training, folder, objects=40)
+    names = StampBook.read(data).names
+    train(pictures, lessons_of(pictures, data), training, folder, objects=names)
     timed = read_metrics(folder / METRICS)
     return [{key: value for key, value in line.items() if key != "seconds"} for line in timed]
+
+
+def test_the_projector_begins_as_what_the_eyes_know_in_words(
+    pictures: PictureModel, data: Path, tmp_path: Path
+) -> None:
+    before = {n: p.detach().clone() for n, p in trained(pictures).items()}
+    teach(pictures, data, Training(eye_steps=3, eye_batch=4, steps=0), tmp_path)
+    names = StampBook.read(data).names
+    words = word_embeddings(pictures, names)
+    ids = pictures.tokenizer.encode(f" {names[7]}", add_special_tokens=False)
+    table = pictures.model.get_input_embeddings().weight.detach()
+    assert torch.allclose(words[7], table[ids].mean(dim=0))
+    projector = pictures.model.model.multi_modal_projector
+    said = projector.linear_2.weight[:, : len(names)].T  # a word's direction for each object
+    likeness = torch.nn.functional.cosine_similarity(said, words)
+    assert (likeness > 1 - 1e-5).all()
+    assert not projector.linear_2.weight[:, len(names) :].any()
+    assert not torch.equal(
+        projector.linear_1.weight, before["model.multi_modal_projector.linear_1.weight"]
+    )
+    head = torch.nn.Linear(192, 2)
+    begin_with_words(projector, head, torch.eye(2, said.shape[1]))
+    seen = torch.randn(5, 192)
+    spoken = projector(seen)
+    logits = torch.nn.functional.gelu(head(seen))
+    assert torch.allclose(spoken[:, :2], logits, atol=1e-6)
+    assert not spoken[:, 2:].any()
+
+
+def test_more_objects_than_channels_are_refused(pictures: PictureModel) -> None:
+    projector = pictures.model.model.multi_modal_projector
+    count = projector.linear_1.out_features + 1
+    head = torch.nn.Linear(192, count)
+    with pytest.raises(UsageError, match=f"{count} objects given; allowed: {count - 1}"):
+        begin_with_words(projector, head, torch.zeros(count, count - 1))
 
 
 def some(data: Path, count: int) -> list[Annotated]:

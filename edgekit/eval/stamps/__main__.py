@@ -98,7 +98,7 @@ def _train(
         lessons,
         training,
         args.output,
-        objects=len(book.names),
+        objects=book.names,
         save_every=args.save_every,
         progress=told,
     )

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,16 @@ from edgekit.sources.base import VisionSource
 from edgekit.sources.picture_model import PictureModel, around
 from edgekit.sources.quiet import quiet_transformers
 
-__all__ = ["IMAGE_TOKEN", "TOKENS", "assemble", "prompt_ids", "trained", "write_model"]
+__all__ = [
+    "IMAGE_TOKEN",
+    "TOKENS",
+    "assemble",
+    "begin_with_words",
+    "prompt_ids",
+    "trained",
+    "word_embeddings",
+    "write_model",
+]
 
 IMAGE_TOKEN = "<filename>"  # of SmolLM2's vocabulary, which its chats never use
 PATCH = 16
@@ -118,6 +127,41 @@ def write_model(pictures: PictureModel, folder: Path) -> None:
     text = json.dumps(PROCESSING, indent=2)
     (part / PROCESSOR).write_text(text + "\n", encoding="utf-8")
     part.rename(folder)
+
+
+def word_embeddings(pictures: PictureModel, words: Sequence[str]) -> torch.Tensor:
+    """What the language model reads for each word, the mean of its tokens, fp32 `[N, D]`."""
+    table = pictures.model.get_input_embeddings().weight.detach().float().cpu()
+    encode = pictures.tokenizer.encode
+    tokens = [encode(f" {word}", add_special_tokens=False).tolist() for word in words]
+    return torch.stack([table[ids].mean(dim=0) for ids in tokens])
+
+
+@torch.no_grad()
+def begin_with_words(projector: Any, head: torch.nn.Linear, words: torch.Tensor) -> None:
+    """Make a LLaVA's projector say a word where a layer on the eyes sees its object.
+
+    Its first channels become the layer's logits, of which GELU leaves those above zero; each adds
+    its word. The other channels say nothing yet, and can learn to.
+
+    Args:
+        projector: two linear layers with GELU between them, 192 to D to D.
+        head: logits of N objects, N <= D.
+        words: what to add for a logit of 1, `[N, D]`.
+
+    Raises:
+        UsageError: if there are more objects than channels.
+    """
+    first, second, count = projector.linear_1, projector.linear_2, len(words)
+    if count > first.out_features:
+        raise UsageError(
+            f"{count} objects given; allowed: {first.out_features}, the projector's channels"
+        )
+    first.weight[:count] = head.weight
+    first.bias[:count] = head.bias
+    second.weight.zero_()
+    second.weight[:, :count] = words.T.to(second.weight)
+    second.bias.zero_()
 
 
 def trained(pictures: PictureModel) -> dict[str, torch.nn.Parameter]:

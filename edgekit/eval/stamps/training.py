@@ -1,14 +1,16 @@
 """Training in two stages: eyes learn to tell objects apart, then to tell the language model.
 
 First a linear layer on the eyes says which objects a picture shows, which is quick since no
-language model runs. Then eyes and projector learn what makes the frozen model write the captions.
+language model runs. What it learnt becomes the projector's beginning: a patch that shows an object
+is read as the object's word. Then eyes and projector learn what makes the frozen model write the
+captions.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from edgekit.errors import TrainingError, UsageError
 from edgekit.eval.stamps import checkpoint as checkpoints
 from edgekit.eval.stamps.checkpoint import Checkpoint
 from edgekit.eval.stamps.lessons import IGNORE, Lesson, Lessons, padded
-from edgekit.eval.stamps.model import EYES, trained
+from edgekit.eval.stamps.model import EYES, begin_with_words, trained, word_embeddings
 from edgekit.sources.picture_model import PictureModel
 
 __all__ = ["METRICS", "STAGES", "Training", "read_metrics", "train"]
@@ -91,33 +93,51 @@ class _Stage(Protocol):
     def backward(self, step: int) -> float:
         """Add the gradients of a step's batch; returns its loss."""
 
+    def finish(self) -> None:
+        """Leave what the next stage begins with."""
+
 
 class _Eyes:
     """Cross-entropy of each object being shown, as the most telling patch has it."""
 
     def __init__(
-        self, pictures: PictureModel, lessons: Lessons, training: Training, objects: int
+        self, pictures: PictureModel, lessons: Lessons, training: Training, objects: Sequence[str]
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
-            self._head = nn.Linear(EYES["hidden_size"], objects)
+            self._head = nn.Linear(EYES["hidden_size"], len(objects))
         self._head.to(pictures.model.device)
         self._model, self._lessons, self._training = pictures.model, lessons, training
+        self._words = word_embeddings(pictures, objects)
         eyes = {n: p for n, p in trained(pictures).items() if "vision_tower" in n}
         head = {f"head.{n}": p for n, p in self._head.named_parameters()}
         self.parameters: Mapping[str, nn.Parameter] = {**eyes, **head}
         self.steps, self.rate = training.eye_steps, 2 * training.rate
 
     def backward(self, step: int) -> float:
+        logits, shown = self._seen(step)
+        loss = functional.binary_cross_entropy_with_logits(logits, shown)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Let the projector begin as what the head knows, in words."""
+        logits, shown = self._seen(self.steps)
+        sure = logits[shown.bool()].mean().clamp_min(1.0)
+        begin_with_words(
+            self._model.model.multi_modal_projector, self._head, self._words / sure.cpu()
+        )
+
+    def _seen(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[B, N]` that the objects are shown, fp32, and whether they are."""
         pixels, shown = self._lessons.seen(0, step, self._training.eye_batch)
         device = self._model.device
         with _precision(device, self._training):
             tower = self._model.model.vision_tower
             states = tower(pixels.to(device), output_hidden_states=True).hidden_states
             logits = self._head(states[-1]).amax(dim=1)  # [B, patches, objects]
-        loss = functional.binary_cross_entropy_with_logits(logits.float(), shown.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        return logits.float(), shown.to(device)
 
 
 class _Words:
@@ -138,6 +158,9 @@ class _Words:
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
+
+    def finish(self) -> None:
+        """Nothing comes after it."""
 
     def _summed(self, lessons: list[Lesson]) -> torch.Tensor:
         model, device = self._model, self._model.device
@@ -163,7 +186,7 @@ def train(
     training: Training,
     folder: Path,
     *,
-    objects: int,
+    objects: Sequence[str],
     save_every: float = 300.0,
     progress: Progress = lambda *_: None,
 ) -> None:
@@ -174,7 +197,7 @@ def train(
         lessons: what it learns from.
         training: how.
         folder: of checkpoints and of `metrics.jsonl`.
-        objects: how many there are to tell apart.
+        objects: names of those to tell apart; at most as many as the language model has channels.
         save_every: seconds between two checkpoints.
         progress: called with a stage, the number of a step and their count.
 
@@ -234,6 +257,7 @@ class _Run:
             self._step(number, step, stage, optimiser)
             if time.monotonic() - self._saved >= self._save_every:
                 self._save(number, step + 1, stage.parameters, optimiser.state_dict())
+        stage.finish()
         self._save(number + 1, 0, {}, None)
 
     def _step(
