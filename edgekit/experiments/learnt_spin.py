@@ -12,7 +12,6 @@ is not made again.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from edgekit.eval.glyphs.bundles import seeds_in
 from edgekit.eval.glyphs.experiment import TEST, VALIDATION, Scenes, chosen_settings
 from edgekit.eval.glyphs.methods import Method, spun_captions
 from edgekit.eval.glyphs.model import MODEL, Model, load_model
-from edgekit.eval.glyphs.report import HEADERS, figures_row
+from edgekit.eval.glyphs.report import HEADERS, figures_row, kept_methods
 from edgekit.experiments.spin_lessons import Distilling, distilled
 from edgekit.markdown import markdown_table
 from edgekit.models.spin import SpinConfig
@@ -57,10 +56,8 @@ def _made(args: argparse.Namespace, command: str) -> str:
     seeds = args.seeds or seeds_in(args.folder)
     found = [_seed(args, seed, replace(settings, seed=seed), told) for seed in seeds]
     rows = [
-        [name, where, *figures_row([methods[number] for methods in found])]
-        for number, (name, where) in enumerate(
-            (method["model"], method["where"]) for method in found[0]
-        )
+        [figures[0]["model"], figures[0]["where"], *figures_row(figures)]
+        for figures in zip(*found, strict=True)
     ]
     title = f"Glyph world, distilled, seeds {', '.join(map(str, seeds))}: mean (each seed)"
     table = markdown_table(rows, ("model", "SPIN", *HEADERS))
@@ -73,22 +70,18 @@ def _seed(
     args: argparse.Namespace, seed: int, settings: Distilling, told: Told
 ) -> list[dict[str, Any]]:
     """The figures of one seed, made or read."""
-    file, teacher = args.output / f"seed-{seed}.json", args.folder / f"seed-{seed}"
+    teacher = args.folder / f"seed-{seed}"
     experiment = read_json(teacher / "results.json")
     if experiment["settings"]["mixer"] != "softmax":
         raise UsageError(f"{teacher} has layers of lawcat; a teacher's are softmax")
     given = {"distilling": dump(settings), "teacher": experiment["settings"]}
-    if file.is_file():
-        kept = read_json(file)
-        if kept["settings"] != given:
-            raise UsageError(f"{file} is of other settings; give another folder")
-        return list(kept["methods"])
     spin = load(SpinConfig, experiment["methods"]["mass"]["spin"], where=str(teacher))
     scenes = experiment["settings"]["scenes"]
-    methods = _measured(load_model(teacher / MODEL, "softmax"), spin, settings, scenes, told)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({"settings": given, "methods": methods}, indent=1) + "\n")
-    part.rename(file)
+
+    def measure() -> list[dict[str, Any]]:
+        return _measured(load_model(teacher / MODEL, "softmax"), spin, settings, scenes, told)
+
+    methods: list[dict[str, Any]] = kept_methods(args.output / f"seed-{seed}.json", given, measure)
     return methods
 
 

@@ -10,7 +10,6 @@ with edgekit's own decoder, and what `edgekit convert` reads is `seed-N/base`, a
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from edgekit.errors import UsageError
 from edgekit.eval.glyphs.checkpoint import completed, made
 from edgekit.eval.glyphs.experiment import measured
 from edgekit.eval.glyphs.model import MODEL, Mixer, Model, Training, load_model, new_model, train
-from edgekit.eval.glyphs.report import HEADERS, figures_row
+from edgekit.eval.glyphs.report import HEADERS, figures_row, kept_methods
 from edgekit.markdown import markdown_table
 
 __all__ = ["main"]
@@ -59,21 +58,15 @@ def _made(args: argparse.Namespace) -> str:
 
 def _results(folder: Path, training: Training, args: argparse.Namespace, told: Told) -> Any:
     """The figures of one seed, made or read."""
-    file = folder / "results.json"
     settings = {"mixer": args.mixer, **dump(training), "scenes": args.scenes}
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise UsageError(f"{file} is of other settings; give another folder")
-        if (folder / MODEL).is_dir():
-            completed(folder, args.mixer)
-        return found["methods"]
-    model = _model(folder, training, args.mixer, told)
-    methods = measured(model, seed=training.seed, scenes=args.scenes, progress=told)
-    text = json.dumps({"settings": settings, "methods": methods}, indent=1) + "\n"
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.rename(file)
+
+    def measure() -> Any:
+        model = _model(folder, training, args.mixer, told)
+        return measured(model, seed=training.seed, scenes=args.scenes, progress=told)
+
+    methods = kept_methods(folder / "results.json", settings, measure)
+    if (folder / MODEL).is_dir():
+        completed(folder, args.mixer)
     return methods
 
 

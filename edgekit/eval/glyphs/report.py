@@ -1,11 +1,40 @@
-"""Figures of the glyph world's methods over several seeds, as cells of a table."""
+"""Figures of the glyph world's methods: each seed's are kept, and those of several make a table."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["HEADERS", "figures_row"]
+from edgekit.errors import UsageError
+from edgekit.sources.base import read_json
+
+__all__ = ["HEADERS", "figures_row", "kept_methods"]
 
 HEADERS = ("settings", "C_S", "C_I", "recall", "F1", "objects")
+
+
+def kept_methods(file: Path, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """The methods that `file` has, or else those that `measure` finds, which it gets.
+
+    Args:
+        file: JSON of settings and methods; it appears whole or not at all.
+        settings: JSON-ready; what the figures depend on.
+        measure: returns the methods, JSON-ready.
+
+    Raises:
+        UsageError: if the file is of other settings.
+    """
+    if file.is_file():
+        found = read_json(file)
+        if found["settings"] != settings:
+            raise UsageError(f"{file} is of other settings; give another folder")
+        return found["methods"]
+    methods = measure()
+    text = json.dumps({"settings": settings, "methods": methods}, indent=1) + "\n"
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(file)
+    return methods
 
 
 def figures_row(found: Sequence[Mapping[str, Any]]) -> list[str]:
